@@ -1,0 +1,138 @@
+"""Every error that oomproof raises on purpose.
+
+OomproofError                   exit code 1
+├── InputError                  a value the user gave is wrong
+│   ├── ConfigError             a config.json (file and field are named)
+│   ├── CheckpointError         a safetensors file or folder (file is named)
+│   ├── ModelNotFoundError      no folder, hub repository or catalog entry of that name
+│   ├── HardwareError           a made-up or real machine that cannot be understood
+│   └── RequestError            a prompt or sampling option that cannot be served
+├── MissingDependencyError      a package of the [run] extra is absent (carries the install line)
+├── NotRunnableError            the plan fits, but no engine here can run it
+├── PlanDoesNotFitError         exit code 3: the plan needs more memory than there is
+└── LoadError                   loading did not produce what the plan promised
+    └── PlanMismatchError       a parameter's device, dtype or bytes differ from the plan
+
+An error names the value, the bound and the remedy; `str(error)` is the one line a user reads.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OomproofError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        message: What is wrong, with the value and the bound.
+        remedy: What the user can do about it; appended to the message.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        self.message = message
+        self.remedy = remedy
+        super().__init__(f"{message}: {remedy}" if remedy else message)
+
+
+class InputError(OomproofError):
+    """A value that the user gave is wrong."""
+
+
+class ConfigError(InputError):
+    """A config.json that cannot be trusted.
+
+    Args:
+        file: Path or URL of the file.
+        problem: What is wrong, with the value and the bound.
+        field: The offending field, where one field is to blame.
+    """
+
+    def __init__(
+        self, file: str, problem: str, *, field: str | None = None, remedy: str | None = None
+    ) -> None:
+        self.file = file
+        self.field = field
+        where = f"{file}, field {field!r}" if field else file
+        super().__init__(f"{where}: {problem}", remedy=remedy)
+
+
+class CheckpointError(InputError):
+    """A checkpoint file or folder that is missing, damaged or unsafe.
+
+    Args:
+        file: Path of the file to blame.
+        problem: What is wrong, with the value and the bound.
+    """
+
+    def __init__(self, file: str, problem: str, *, remedy: str | None = None) -> None:
+        self.file = file
+        super().__init__(f"{file}: {problem}", remedy=remedy)
+
+
+class ModelNotFoundError(InputError):
+    """No folder, hub repository or catalog entry answers to the name."""
+
+
+class HardwareError(InputError):
+    """A machine, described or real, that cannot be understood."""
+
+
+class RequestError(InputError):
+    """A prompt or a sampling option that cannot be served as asked."""
+
+
+class MissingDependencyError(OomproofError):
+    """A package that this command needs is not installed.
+
+    Args:
+        package: The missing package.
+        install: The command that installs it.
+    """
+
+    def __init__(self, package: str, *, install: str) -> None:
+        self.package = package
+        self.install = install
+        super().__init__(f"{package} is not installed", remedy=f"run: {install}")
+
+
+class NotRunnableError(OomproofError):
+    """The plan may fit, but no engine on this machine can run it."""
+
+
+class PlanDoesNotFitError(OomproofError):
+    """The plan needs more memory than there is.
+
+    Args:
+        message: What is missing, on which device.
+        shortfall_bytes: The least sum of what is missing over the devices.
+    """
+
+    exit_code: ClassVar[int] = 3
+
+    def __init__(self, message: str, *, shortfall_bytes: int, remedy: str | None = None) -> None:
+        self.shortfall_bytes = shortfall_bytes
+        super().__init__(message, remedy=remedy)
+
+
+class LoadError(OomproofError):
+    """Loading did not produce what the plan promised."""
+
+
+class PlanMismatchError(LoadError):
+    """A loaded parameter differs from the plan in device, dtype or bytes.
+
+    Args:
+        differences: One line per differing parameter: name, planned, found.
+    """
+
+    def __init__(self, differences: tuple[str, ...]) -> None:
+        self.differences = differences
+        shown = "; ".join(differences[:3])
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        super().__init__(
+            f"{len(differences)} loaded parameters differ from the plan: {shown}{more}",
+            remedy="this is a bug in oomproof or an untested engine version; report it",
+        )
