@@ -1,0 +1,1 @@
+"""Facts about this machine, checks over them, and one verdict a capability."""

@@ -1,0 +1,1 @@
+"""What every engine shares: requests in, events out, sampling, stopping."""

@@ -1,0 +1,1 @@
+"""From checkpoint bytes to tensors on their devices: bounded staging, progress, integrity."""

@@ -1,0 +1,1 @@
+"""The memory model: short pure functions, one for each term of a device's sum."""

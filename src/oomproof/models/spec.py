@@ -113,7 +113,7 @@ class ModelSpec:
     """Name of the reader in models/architectures.py, such as "llama"."""
     hidden_size: int
     intermediate_size: int
-    """Width of the widest MLP a token passes (of one expert times the experts per token, or dense)."""
+    """Width of the widest MLP that one token passes (experts per token included)."""
     num_hidden_layers: int
     num_attention_heads: int
     vocab_size: int
