@@ -131,6 +131,8 @@ class ModelSpec:
     num_experts: int = 0
     """Experts of each mixture-of-experts layer, 0 for dense models."""
     num_experts_per_token: int = 0
+    attention_softcap: bool = False
+    """Whether attention scores are soft-capped (Gemma 2), which fused kernels cannot do."""
 
     @cached_property
     def num_parameters(self) -> int:

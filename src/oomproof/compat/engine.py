@@ -1,0 +1,204 @@
+"""transformers' model behind the engine interface: static caches, chunked prefill, our sampling.
+
+Each concurrent request owns a slot with a StaticCache of the planned context, allocated at load;
+slots take turns, one token each. It knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StaticCache
+
+from oomproof.compat.measure import MemoryMeter
+from oomproof.engine.messages import Event, FinishedEvent, FinishReason, Request, TokenEvent
+from oomproof.engine.sampling import Sampler
+from oomproof.errors import RequestError
+from oomproof.memory.kv_cache import KV_FORMATS, planned_tokens
+from oomproof.memory.terms import DeviceTerms
+from oomproof.models.spec import ModelSpec
+from oomproof.planning.plan import Plan
+
+
+@dataclass(slots=True)
+class _Active:
+    """A request in its slot."""
+
+    request: Request
+    cache: Any
+    sampler: Sampler
+    position: int = 0
+    """Tokens already in the cache."""
+    pending: tuple[int, ...] = ()
+    """Tokens to process next: what is left of the prompt, or the last token drawn."""
+    new_tokens: int = 0
+    cancelled: bool = False
+
+
+class TransformersEngine:
+    """Runs requests on a loaded transformers model; implements `engine.protocol.Engine`.
+
+    Args:
+        model: What `compat.model.load_model` returned.
+        plan: The plan it was loaded by.
+        spec: The model's shapes.
+        meter: Measures the devices since before the model was loaded.
+    """
+
+    def __init__(self, model: Any, plan: Plan, spec: ModelSpec, meter: MemoryMeter) -> None:
+        self.model = model
+        self._plan = plan
+        self._meter = meter
+        self._input_device = model.get_input_embeddings().weight.device
+        head = model.get_output_embeddings()
+        self._logits_device = (head or model.get_input_embeddings()).weight.device
+        meter.weights_loaded(model)
+        self._free_caches: deque[Any] = deque(
+            _allocate_cache(model, plan, spec) for _ in range(plan.concurrency)
+        )
+        meter.cache_allocated(
+            tensor
+            for cache in self._free_caches
+            for layer in cache.layers
+            for tensor in (layer.keys, layer.values)
+        )
+        self._waiting: deque[Request] = deque()
+        self._active: list[_Active] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is queued or active."""
+        return not self._waiting and not self._active
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestError: Prompt and answer can never fit in the planned context.
+        """
+        prompt = len(request.prompt_tokens)
+        context = self._plan.context
+        if prompt + request.max_new_tokens > context:
+            room = context - prompt
+            remedy = (
+                f"ask for at most {room:,} new tokens"
+                if room > 0
+                else f"shorten the prompt to fewer than {context:,} tokens"
+            )
+            raise RequestError(
+                f"a prompt of {prompt:,} tokens and an answer of up to "
+                f"{request.max_new_tokens:,} do not fit in the planned context of {context:,}",
+                remedy=f"{remedy}, or plan with --context {prompt + request.max_new_tokens}",
+            )
+        vocab_size = self.model.config.get_text_config().vocab_size
+        if not 0 <= min(request.prompt_tokens) <= max(request.prompt_tokens) < vocab_size:
+            raise RequestError(f"a prompt token is outside the vocabulary of {vocab_size:,}")
+        self._waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request at the next step; unknown ids are ignored."""
+        for active in self._active:
+            if active.request.id == request_id:
+                active.cancelled = True
+        self._waiting = deque(r for r in self._waiting if r.id != request_id)
+
+    def step(self) -> Sequence[Event]:
+        """Advances every active request by a prefill chunk or a token."""
+        while self._waiting and self._free_caches:
+            self._admit(self._waiting.popleft())
+        events: list[Event] = []
+        for active in tuple(self._active):
+            events += self._advance(active)
+        self._meter.sample()
+        return events
+
+    def measured_terms(self) -> Mapping[int, DeviceTerms]:
+        """Device index → bytes measured so far."""
+        return self._meter.terms()
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        self._active.clear()
+        self._waiting.clear()
+        self._free_caches.clear()
+        self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _admit(self, request: Request) -> None:
+        cache = self._free_caches.popleft()
+        cache.reset()
+        self._active.append(
+            _Active(
+                request=request,
+                cache=cache,
+                sampler=Sampler(request.sampling, self._logits_device),
+                pending=request.prompt_tokens,
+            )
+        )
+
+    def _advance(self, active: _Active) -> list[Event]:
+        if active.cancelled:
+            return [self._finish(active, "cancelled")]
+        chunk = self._plan.prefill_chunk_tokens
+        tokens, rest = active.pending[:chunk], active.pending[chunk:]
+        logits = self._forward(active, tokens)
+        active.pending = rest
+        if rest:
+            return []
+        token = active.sampler.sample(logits)
+        request = active.request
+        if token in request.stop_tokens:
+            return [self._finish(active, "stop")]
+        active.new_tokens += 1
+        active.pending = (token,)
+        events: list[Event] = [TokenEvent(request_id=request.id, token=token)]
+        if active.new_tokens == request.max_new_tokens:
+            events.append(self._finish(active, "length"))
+        return events
+
+    @torch.inference_mode()
+    def _forward(self, active: _Active, tokens: tuple[int, ...]) -> torch.Tensor:
+        """Processes tokens at the request's position; logits [vocab] of the last one."""
+        start, end = active.position, active.position + len(tokens)
+        device = self._input_device
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.arange(start, end, device=device).unsqueeze(0),
+            past_key_values=active.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        active.position = end
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def _finish(self, active: _Active, reason: FinishReason) -> FinishedEvent:
+        self._active.remove(active)
+        self._free_caches.append(active.cache)
+        return FinishedEvent(
+            request_id=active.request.id,
+            reason=reason,
+            prompt_tokens=len(active.request.prompt_tokens),
+            new_tokens=active.new_tokens,
+        )
+
+
+def _allocate_cache(model: Any, plan: Plan, spec: ModelSpec) -> Any:
+    """A StaticCache for one request, every layer on its device, allocated now."""
+    cache = StaticCache(config=model.config, max_cache_len=planned_tokens(plan.context))
+    dtype = getattr(torch, KV_FORMATS[plan.kv_format])
+    layers = model.get_decoder().layers
+    for layer, attention, module in zip(cache.layers, spec.attention, layers, strict=True):
+        device = next(module.parameters()).device
+        heads = attention.num_key_value_heads
+        keys = torch.empty((1, heads, 0, attention.key_head_dim), dtype=dtype, device=device)
+        values = torch.empty((1, heads, 0, attention.value_head_dim), dtype=dtype, device=device)
+        layer.lazy_initialization(keys, values)
+    return cache

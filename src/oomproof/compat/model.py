@@ -1,0 +1,116 @@
+"""Loads a transformers model exactly as a plan says, from our own reading of its files."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
+
+from oomproof.compat.verify import verify_parameters
+from oomproof.errors import CheckpointError, LoadError
+from oomproof.loading.reader import CheckpointReader, Progress
+from oomproof.models.spec import CheckpointSpec, ModelSpec
+from oomproof.planning.handoff import device_map, quantization_settings
+from oomproof.planning.plan import Plan
+
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+"""Buffers that old checkpoints carry and models compute for themselves."""
+
+
+def load_model(
+    plan: Plan,
+    spec: ModelSpec,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A `transformers.PreTrainedModel` in evaluation mode, placed and quantized by the plan.
+
+    Args:
+        plan: What goes where, in which format.
+        spec: The model, with the headers of its checkpoint.
+        folder: Where its files are.
+        progress: Told of every buffer read.
+        trust_remote_code: Lets transformers run code that the model's folder ships.
+
+    Raises:
+        CheckpointError: A damaged file, or a value that is not finite.
+        LoadError: transformers found parameters missing, unexpected or mis-shaped.
+        PlanMismatchError: A loaded parameter differs from the plan.
+    """
+    if spec.checkpoint is None:
+        raise CheckpointError(str(folder), "holds no safetensors files")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model_class = getattr(transformers, spec.architecture)
+    placed = device_map(plan)
+    reader = CheckpointReader(
+        folder, _without_ignored(spec.checkpoint), _device_finder(placed), progress
+    )
+    settings = quantization_settings(plan)
+    _quiet_transformers()
+    with reader.open() as tensors, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map=placed,
+            dtype=getattr(torch, plan.compute_dtype),
+            attn_implementation=plan.attention,
+            quantization_config=None if settings is None else BitsAndBytesConfig(**settings),
+            output_loading_info=True,
+        )
+    _refuse_partial(folder, info)
+    model.eval()
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    verify_parameters(model, plan, spec)
+    return model
+
+
+def _without_ignored(checkpoint: CheckpointSpec) -> CheckpointSpec:
+    kept = tuple(t for t in checkpoint.tensors if not t.name.endswith(_IGNORED_SUFFIXES))
+    return CheckpointSpec(tensors=kept, files=checkpoint.files)
+
+
+def _device_finder(placed: dict[str, int | str]) -> Any:
+    """Checkpoint tensor name → device: the longest module name that is a prefix of it."""
+
+    def device_of(name: str) -> torch.device:
+        module = name
+        while module not in placed and module:
+            module = module.rpartition(".")[0]
+        # A name that transformers renames while loading is read to the first device, and moved.
+        target = placed.get(module, next(iter(placed.values())))
+        return torch.device("cuda", target) if isinstance(target, int) else torch.device(target)
+
+    return device_of
+
+
+def _refuse_partial(folder: Path, info: dict[str, Any]) -> None:
+    """transformers only warns of what it could not load; a plan is not met that way."""
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mis-shaped": sorted(str(key) for key in info["mismatched_keys"]),
+        "failed": sorted(str(message) for message in info.get("error_msgs", ())),
+    }
+    for what, names in problems.items():
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise LoadError(
+                f"{folder}: {len(names)} {what} parameters: {shown}",
+                remedy="the checkpoint does not belong to its config.json; download it again",
+            )
+
+
+def _quiet_transformers() -> None:
+    """Leaves progress and warnings to us."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,36 @@
+"""What every engine does. It knows nothing of text: tokens in, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from oomproof.engine.messages import Event, Request
+from oomproof.memory.terms import DeviceTerms
+
+
+class Engine(Protocol):
+    """Requests in, events out; one `step` at a time, in whichever process it lives."""
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestError: Prompt and answer can never fit in the planned context.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request at the next step; unknown ids are ignored."""
+
+    def step(self) -> Sequence[Event]:
+        """Advances every active request by a prefill chunk or a token; nothing when idle."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is queued or active."""
+
+    def measured_terms(self) -> Mapping[int, DeviceTerms]:
+        """Device index → bytes measured so far, under the names of the plan's terms."""
+
+    def close(self) -> None:
+        """Gives the model's memory back; the engine is of no use afterwards."""

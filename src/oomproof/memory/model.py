@@ -1,0 +1,214 @@
+"""The memory model of one model in one format: the terms of a device for any range of layers.
+
+A model is a row of units, and a device holds a contiguous range of them:
+
+    unit 0            token embedding
+    unit 1 … L        decoder layers 0 … L-1
+    unit L+1          final norm and lm_head
+
+A tied head shares the embedding's tensor, so its logits are computed where the embedding is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+from oomproof.formats import DType, Format
+from oomproof.memory.kv_cache import layer_kv_bytes
+from oomproof.memory.profiles import EngineProfile
+from oomproof.memory.terms import DeviceTerms
+from oomproof.memory.weights import StoredTensor, resident_bytes, stored
+from oomproof.memory.workspace import WorkspaceShape, chunk_tokens, workspace_bytes
+from oomproof.models.spec import ModelSpec, Role, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What is asked of a model, besides its weights."""
+
+    context: int
+    """Prompt and answer of one request, in tokens."""
+    concurrency: int
+    """Requests at once."""
+    kv_dtype: DType
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    weights: int
+    traffic: int
+    staging: int
+    largest_linear: int
+
+
+class WeightCosts:
+    """What the units of a model cost in one format, whatever is asked of it; computed once."""
+
+    def __init__(
+        self, spec: ModelSpec, weight_format: Format, profile: EngineProfile, compute_dtype: DType
+    ) -> None:
+        self.spec = spec
+        self.weight_format = weight_format
+        self.profile = profile
+        self.compute_dtype = compute_dtype
+        units = _units(spec, weight_format, profile, compute_dtype)
+        self.weights = [0, *accumulate(unit.weights for unit in units)]
+        self.traffic = [0, *accumulate(unit.traffic for unit in units)]
+        self.staging = [unit.staging for unit in units]
+        self.largest_linear = [unit.largest_linear for unit in units]
+
+
+class MemoryModel:
+    """Terms of any unit range of a model, in one format, for one engine profile and demand."""
+
+    def __init__(self, costs: WeightCosts, demand: Demand) -> None:
+        self.costs = costs
+        self.spec = spec = costs.spec
+        self.profile = costs.profile
+        self.demand = demand
+        self.num_units = spec.num_hidden_layers + 2
+        kv_bytes = cache(
+            lambda attention: layer_kv_bytes(
+                attention,
+                context=demand.context,
+                concurrency=demand.concurrency,
+                dtype=demand.kv_dtype,
+            )
+        )
+        unit_kv = [0, *(kv_bytes(attention) for attention in spec.attention), 0]
+        self._kv = [0, *accumulate(unit_kv)]
+        self._workspace = cache(self._workspace_bytes)
+        self._peaks: dict[int, list[int]] = {}
+        hidden_bytes = spec.hidden_size * costs.compute_dtype.itemsize
+        self._comm_bytes = 2 * chunk_tokens(demand.context, self.profile) * hidden_bytes
+
+    def _workspace_bytes(self, largest_linear: int, has_head: bool) -> int:
+        shape = WorkspaceShape(
+            context=self.demand.context,
+            compute_dtype=self.costs.compute_dtype,
+            largest_linear=largest_linear,
+            has_head=has_head,
+        )
+        return workspace_bytes(self.spec, shape, self.profile)
+
+    def _computes_logits(self, first: int, end: int) -> bool:
+        if self.spec.tie_word_embeddings:
+            return first == 0
+        return end == self.num_units
+
+    def weights_bytes(self, first: int = 0, end: int | None = None) -> int:
+        """Stored bytes of units first … end-1, as the allocator rounds them."""
+        return (
+            self.costs.weights[self.num_units if end is None else end] - self.costs.weights[first]
+        )
+
+    def traffic_bytes(self, first: int = 0, end: int | None = None) -> int:
+        """Weight bytes of units first … end-1 that one decode step reads."""
+        return (
+            self.costs.traffic[self.num_units if end is None else end] - self.costs.traffic[first]
+        )
+
+    def kv_bytes(self, first: int = 0, end: int | None = None) -> int:
+        """KV cache bytes of units first … end-1."""
+        return self._kv[self.num_units if end is None else end] - self._kv[first]
+
+    def terms(self, first: int, end: int) -> DeviceTerms:
+        """Terms of a device that holds units first … end-1 (nothing where they are equal)."""
+        if first >= end:
+            return DeviceTerms()
+        return DeviceTerms(
+            cuda_context=self.profile.context_bytes,
+            weights=self.weights_bytes(first, end),
+            kv_cache=self.kv_bytes(first, end),
+            workspace=self._workspace(
+                max(self.costs.largest_linear[first:end]), self._computes_logits(first, end)
+            ),
+            staging=max(self.costs.staging[first:end]),
+            comm=0 if end - first == self.num_units else self._comm_bytes,
+            margin=self.profile.margin_bytes,
+        )
+
+    def peaks_from(self, first: int) -> Sequence[int]:
+        """Peak bytes of the ranges first … first+1, first … first+2, …; each equals `terms(…)`."""
+        if first not in self._peaks:
+            self._peaks[first] = list(self._growing_peaks(first))
+        return self._peaks[first]
+
+    def _growing_peaks(self, first: int) -> Iterator[int]:
+        fixed = self.profile.context_bytes + self.profile.margin_bytes
+        staging = linear = 0
+        for end in range(first + 1, self.num_units + 1):
+            staging = max(staging, self.costs.staging[end - 1])
+            linear = max(linear, self.costs.largest_linear[end - 1])
+            running = self._kv[end] - self._kv[first]
+            running += self._workspace(linear, self._computes_logits(first, end))
+            if end - first < self.num_units:
+                running += self._comm_bytes
+            yield fixed + self.weights_bytes(first, end) + max(staging, running)
+
+
+def unit_of(tensor: TensorSpec, spec: ModelSpec) -> int:
+    """The unit a tensor belongs to."""
+    if tensor.layer is not None:
+        return tensor.layer + 1
+    return 0 if tensor.role is Role.EMBEDDING else spec.num_hidden_layers + 1
+
+
+def _units(
+    spec: ModelSpec, weight_format: Format, profile: EngineProfile, compute_dtype: DType
+) -> list[_Unit]:
+    @cache
+    def cost(shape: tuple[int, ...], role: Role) -> _Unit:
+        tensor = TensorSpec(name="", shape=shape, role=role)
+        held = stored(tensor, weight_format, compute_dtype, profile.quantized_roles)
+        resident = resident_bytes(tensor, held, profile)
+        return _Unit(
+            weights=resident,
+            traffic=_decode_traffic(spec, tensor, resident),
+            staging=_staging_bytes(spec, tensor, held, profile),
+            largest_linear=tensor.numel if held.quantized else 0,
+        )
+
+    units: list[list[_Unit]] = [[] for _ in range(spec.num_hidden_layers + 2)]
+    for tensor in spec.tensors:
+        units[unit_of(tensor, spec)].append(cost(tensor.shape, tensor.role))
+    if spec.tie_word_embeddings:
+        # The head's product reads the shared tensor, wherever it is placed.
+        tied = next(t for t in spec.tensors if t.role is Role.EMBEDDING)
+        head_traffic = tied.numel * compute_dtype.itemsize
+        units[0].append(_Unit(weights=0, traffic=head_traffic, staging=0, largest_linear=0))
+    return [
+        _Unit(
+            weights=sum(part.weights for part in parts),
+            traffic=sum(part.traffic for part in parts),
+            staging=max((part.staging for part in parts), default=0),
+            largest_linear=max((part.largest_linear for part in parts), default=0),
+        )
+        for parts in units
+    ]
+
+
+def _decode_traffic(spec: ModelSpec, tensor: TensorSpec, resident: int) -> int:
+    """Bytes of a parameter that one decode step of one request reads."""
+    if tensor.role is Role.EMBEDDING:
+        return resident // tensor.shape[0]
+    if tensor.role is Role.EXPERTS:
+        return resident * spec.num_experts_per_token // spec.num_experts
+    return resident
+
+
+def _staging_bytes(
+    spec: ModelSpec, tensor: TensorSpec, held: StoredTensor, profile: EngineProfile
+) -> int:
+    """Bytes that loading a parameter needs on its device besides the parameter itself."""
+    source = tensor.numel * spec.dtype.itemsize
+    if tensor.role is Role.EXPERTS:
+        # Experts arrive one by one, are stacked, then concatenated: two copies beside the result.
+        return 2 * source
+    if held.quantized:
+        absmax_copies = 3 * (tensor.numel // 64) * DType.FLOAT32.itemsize
+        return int(profile.staging_copies * source) + absmax_copies
+    return source if spec.dtype is not held.dtype else 0

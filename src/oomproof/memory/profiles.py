@@ -1,0 +1,139 @@
+"""What an engine needs besides weights and cache, on each kind of device.
+
+Every coefficient here was measured; `measured` says when, on what and with which versions. The
+formulas that use them are in memory/workspace.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oomproof.errors import InputError
+from oomproof.hardware.catalog import architecture_of
+from oomproof.hardware.spec import DeviceSpec, HostSpec
+from oomproof.models.spec import Role
+from oomproof.units import MIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineProfile:
+    """An engine on one kind of device."""
+
+    engine: str
+    """"transformers" (later also "native")."""
+    device_kind: str
+    """DeviceSpec.kind, or its GPU architecture where figures differ: "hopper", "cuda", "cpu"."""
+    formats: frozenset[str]
+    """Formats that the engine runs there."""
+    kv_formats: frozenset[str]
+    quantized_roles: frozenset[Role]
+    """QUANTIZED_ROLES of the engine."""
+    alignment_bytes: int
+    """Granularity of the allocator that holds the weights."""
+    context_bytes: int
+    """CUDA context and modules, after the first answer."""
+    library_workspace_bytes: int
+    """What cuBLAS and its like allocate through torch, once."""
+    prefill_chunk_tokens: int
+    """A prompt is processed this many tokens at a time."""
+    expands_kv_heads: bool
+    """Whether attention copies keys and values to every query head (grouped-query models)."""
+    dequantizes_to_scratch: bool
+    """Whether a product with a quantized weight first writes a 16-bit copy of it."""
+    repacks_4bit: bool
+    """Whether 4-bit weights are rewritten at the first forward (CPU with AVX-512 bf16)."""
+    staging_copies: float
+    """Source-precision copies of a quantized tensor alive at once on the device while loading."""
+    pinned_bytes: int
+    """Page-locked host buffers while loading."""
+    host_runtime_bytes: int
+    """RAM of the process without a model."""
+    margin_bytes: int
+    measured: str
+    """When, on which device, with which versions."""
+
+
+QUANTIZED_ROLES: dict[str, frozenset[Role]] = {
+    # bitsandbytes replaces linear layers, not the head, nor experts kept as 3-D parameters.
+    "transformers": frozenset({Role.LINEAR}),
+}
+"""Engine → what a quantized format really quantizes; the rest stays in the compute dtype."""
+
+_TRANSFORMERS_FORMATS = frozenset({"bf16", "fp16", "llm-int8", "nf4", "nf4-dq", "fp4", "fp4-dq"})
+_UNQUANTIZED_FORMATS = frozenset({"bf16", "fp16"})
+_CUDA_ALIGNMENT_BYTES = 512
+"""torch's CUDA allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp)."""
+
+_CUDA_CONTEXT_BYTES = {
+    "hopper": 640 * MIB,
+}
+"""GPU architecture → bytes outside torch's allocator after the first answer, where measured."""
+_UNMEASURED_CUDA_CONTEXT_BYTES = max(_CUDA_CONTEXT_BYTES.values())
+_HOPPER_CUBLAS_WORKSPACE_BYTES = 32 * MIB
+_CUBLAS_WORKSPACE_BYTES = 9 * MIB
+"""torch's default cuBLAS workspaces (aten/src/ATen/cuda/CUDABlas.cpp): 32 MiB on Hopper, else 8."""
+
+
+def transformers_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:
+    """transformers with bitsandbytes on that device."""
+    if device.kind == "cpu":
+        return _transformers_cpu(host)
+    architecture = architecture_of(device.compute_capability)
+    return EngineProfile(
+        engine="transformers",
+        device_kind=device.kind,
+        formats=_UNQUANTIZED_FORMATS if device.kind == "mps" else _TRANSFORMERS_FORMATS,
+        kv_formats=frozenset({"bf16", "fp16"}),
+        quantized_roles=QUANTIZED_ROLES["transformers"],
+        alignment_bytes=_CUDA_ALIGNMENT_BYTES,
+        context_bytes=_CUDA_CONTEXT_BYTES.get(architecture, _UNMEASURED_CUDA_CONTEXT_BYTES),
+        library_workspace_bytes=(
+            _HOPPER_CUBLAS_WORKSPACE_BYTES if architecture == "hopper" else _CUBLAS_WORKSPACE_BYTES
+        ),
+        prefill_chunk_tokens=1024,
+        expands_kv_heads=True,
+        dequantizes_to_scratch=True,
+        repacks_4bit=False,
+        staging_copies=1.0,
+        pinned_bytes=128 * MIB,
+        host_runtime_bytes=2048 * MIB,
+        margin_bytes=256 * MIB,
+        measured="not measured yet",
+    )
+
+
+def _transformers_cpu(host: HostSpec) -> EngineProfile:
+    return EngineProfile(
+        engine="transformers",
+        device_kind="cpu",
+        formats=_TRANSFORMERS_FORMATS,
+        kv_formats=frozenset({"bf16", "fp16"}),
+        quantized_roles=QUANTIZED_ROLES["transformers"],
+        alignment_bytes=64,
+        context_bytes=0,
+        library_workspace_bytes=16 * MIB,
+        prefill_chunk_tokens=256,
+        expands_kv_heads=True,
+        dequantizes_to_scratch="avx512_bf16" not in host.cpu_features,
+        repacks_4bit="avx512_bf16" in host.cpu_features,
+        staging_copies=1.0,
+        pinned_bytes=0,
+        host_runtime_bytes=1024 * MIB,
+        margin_bytes=64 * MIB,
+        measured="not measured yet",
+    )
+
+
+_ENGINES = {"transformers": transformers_profile}
+
+
+def engine_profile(engine: str, device: DeviceSpec, host: HostSpec) -> EngineProfile:
+    """The profile of an engine on a device.
+
+    Raises:
+        InputError: No engine of that name.
+    """
+    found = _ENGINES.get(engine)
+    if found is None:
+        raise InputError(f"unknown engine {engine!r}", remedy=f"use one of {', '.join(_ENGINES)}")
+    return found(device, host)

@@ -1,0 +1,69 @@
+"""A plan in other engines' own words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oomproof.formats import get_format
+from oomproof.planning.plan import DevicePlan, Plan
+
+
+def device_map(plan: Plan) -> dict[str, int | str]:
+    """transformers' `device_map`: each module that owns tensors → CUDA ordinal, or "cpu".
+
+    Module names are those of decoder-only models in transformers 5. A tied head computes where
+    the embedding lives, so that one tensor never stands on two devices.
+    """
+
+    def target(device: DevicePlan) -> int | str:
+        return device.kind if device.kind in ("cpu", "mps") else device.index
+
+    used = plan.devices_in_use
+    if len(used) == 1:
+        return {"": target(used[0])}
+    placed: dict[str, int | str] = {}
+    for device in used:
+        if device.holds_embedding:
+            placed["model.embed_tokens"] = target(device)
+            placed["model.rotary_emb"] = target(device)
+    for device in used:
+        if device.layers is not None:
+            first, last = device.layers
+            for layer in range(first, last + 1):
+                placed[f"model.layers.{layer}"] = target(device)
+    placed["model.norm"] = target(used[-1])
+    placed["lm_head"] = next(target(device) for device in used if device.holds_head)
+    return placed
+
+
+def quantization_settings(plan: Plan) -> dict[str, Any] | None:
+    """Arguments of transformers' `BitsAndBytesConfig`, dtypes as names; None for 16 bits."""
+    chosen = get_format(plan.format)
+    if chosen.name == "llm-int8":
+        return {"load_in_8bit": True, "llm_int8_threshold": 6.0}
+    if chosen.quant_type is None:
+        return None
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": chosen.quant_type,
+        "bnb_4bit_use_double_quant": chosen.double_quantized,
+        "bnb_4bit_compute_dtype": plan.compute_dtype,
+    }
+
+
+def to_transformers(plan: Plan) -> dict[str, Any]:
+    """Plain values for people who stay with transformers.
+
+    `quantization_config` holds the arguments of `BitsAndBytesConfig`, not an instance of it, so
+    that nothing here needs torch.
+    """
+    return {
+        "pretrained_model_name_or_path": plan.source.path,
+        "revision": plan.source.revision,
+        "device_map": device_map(plan),
+        "dtype": plan.compute_dtype,
+        "attn_implementation": plan.attention,
+        "quantization_config": quantization_settings(plan),
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }

@@ -1,0 +1,162 @@
+"""The plan: a contract that scripts read as JSON and the loader executes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from oomproof.errors import InputError
+from oomproof.hardware.spec import DeviceKind
+from oomproof.memory.terms import DeviceTerms, HostTerms
+from oomproof.models.spec import ModelSource
+from oomproof.planning.speed import TokensPerSecond
+
+SCHEMA = 1
+"""Version of the plan's JSON; it changes when a field's meaning does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DevicePlan:
+    """What one device will hold."""
+
+    index: int
+    name: str
+    kind: DeviceKind
+    uuid: str | None
+    usable_bytes: int
+    """Free before our own context, less --reserve, at most --max-memory and --cap."""
+    layers: tuple[int, int] | None
+    """First and last decoder layer, both included; None where it holds none."""
+    holds_embedding: bool
+    holds_head: bool
+    terms: DeviceTerms
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most this device ever holds."""
+        return self.terms.peak_bytes
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any part of the model is placed here."""
+        return self.holds_embedding or self.holds_head or self.layers is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostPlan:
+    """What the process needs in host RAM."""
+
+    usable_bytes: int | None
+    """RAM that may be taken, by the cgroup's limit; None for a described machine."""
+    terms: HostTerms
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most the process holds in host RAM."""
+        return self.terms.peak_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alternative:
+    """Another choice for the same model and machine."""
+
+    format: str
+    context: int
+    concurrency: int
+    fits: bool
+    runnable: bool
+    max_context: int
+    """Largest context that fits in this format, 0 where none does."""
+    shortfall_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What goes where, whether it fits, and why not something better."""
+
+    model: str
+    """The name it was asked for by."""
+    source: ModelSource
+    fingerprint: str
+    """Digest of the architecture's tensors; the loader refuses another model."""
+    num_parameters: int
+    format: str
+    fits: bool
+    runnable: bool
+    """Whether an engine of this version can run it on such devices; `reasons` says why not."""
+    engine: str
+    compute_dtype: str
+    attention: str
+    """transformers' name of the attention implementation."""
+    kv_format: str
+    context: int
+    """Prompt and answer of one request, in tokens."""
+    concurrency: int
+    max_context: int
+    """Largest context that fits with this format and concurrency, 0 where none does."""
+    pipeline: int
+    """Devices that the layers are spread over, one after the other."""
+    tensor_parallel: int
+    devices: tuple[DevicePlan, ...]
+    host: HostPlan
+    shortfall_bytes: int
+    """The least sum of what is missing over the devices, 0 where it fits."""
+    alternatives: tuple[Alternative, ...]
+    download_bytes: int
+    tokens_per_second: TokensPerSecond
+    reasons: tuple[str, ...]
+    cap_bytes: int | None = None
+    """Most bytes of each device, enforced while running."""
+    prefill_chunk_tokens: int
+    schema: int = SCHEMA
+
+    @property
+    def devices_in_use(self) -> tuple[DevicePlan, ...]:
+        """Devices that hold a part of the model, in order along it."""
+        used = [device for device in self.devices if device.in_use]
+        return tuple(sorted(used, key=lambda d: (not d.holds_embedding, d.layers or (1 << 30, 0))))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as `plan --json` prints them (docs/plan-json.md)."""
+        plain = asdict(self)
+        for device, values in zip(self.devices, plain["devices"], strict=True):
+            values["peak_bytes"] = device.peak_bytes
+        plain["host"]["peak_bytes"] = self.host.peak_bytes
+        return plain
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """The plan as JSON, schema 1."""
+        return json.dumps(self.as_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, file: str = "plan") -> Plan:
+        """Reads a plan back.
+
+        Args:
+            text: What `to_json` wrote.
+            file: Name for the error.
+
+        Raises:
+            InputError: Not a plan of schema 1; the first wrong field is named.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            plan = TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "JSON"
+            raise InputError(
+                f"{file}: not a plan of schema {SCHEMA}: {where}: {first['msg']}"
+            ) from None
+        if plan.schema != SCHEMA:
+            raise InputError(f"{file}: plan schema {plan.schema} is not {SCHEMA}")
+        return plan
+
+    def to_transformers(self) -> Mapping[str, Any]:
+        """Plain values for `AutoModelForCausalLM.from_pretrained` (planning/handoff.py)."""
+        from oomproof.planning.handoff import to_transformers
+
+        return to_transformers(self)
