@@ -380,11 +380,12 @@ class ChatWriter:
 
     def _user_end(self, at: int) -> int | None:
         style = self.rng.random()
-        if style < 0.3:
-            words = re.compile(rf"\s*(?:\S+\s+){{{self.rng.randint(2, 11)}}}\S+(?=\s)")
+        if style < 0.3:  # words of one paragraph, and not its last
+            words = re.compile(rf"\s*(?:\S+\s){{{self.rng.randint(2, 11)}}}\S+(?=\s\S)")
             match = words.match(self.text, at, at + self.MAX_CHARACTERS)
-            return match.end() if match else None
-        if style < 0.6:
+            if match:
+                return match.end()
+        elif style < 0.6:
             return self._after(self.paragraph_ends, at)
         return self._after(self.ends, at, skip=self.rng.choice((0, 0, 1, 2)))
 
@@ -487,9 +488,9 @@ class Rows:
 # Model and optimisers
 
 
-def build_model(preset: Preset) -> Any:
-    """An untrained Llama, in float32."""
-    config = transformers.LlamaConfig(
+def llama_config(preset: Preset) -> Any:
+    """The ``config.json`` of a preset."""
+    return transformers.LlamaConfig(
         vocab_size=preset.vocab_size,
         hidden_size=preset.hidden_size,
         intermediate_size=preset.intermediate_size,
@@ -505,6 +506,11 @@ def build_model(preset: Preset) -> Any:
         eos_token_id=SPECIAL_TOKENS.index(END),
         pad_token_id=SPECIAL_TOKENS.index(END),
     )
+
+
+def build_model(preset: Preset) -> Any:
+    """An untrained Llama, in float32."""
+    config = llama_config(preset)
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,6 @@ class _Active:
     pending: tuple[int, ...] = ()
     """Tokens to process next: what is left of the prompt, or the last token drawn."""
     new_tokens: int = 0
-    cancelled: bool = False
 
 
 class TransformersEngine:
@@ -69,6 +68,7 @@ class TransformersEngine:
         )
         self._waiting: deque[Request] = deque()
         self._active: list[_Active] = []
+        self._cancelled: set[str] = set()
 
     @property
     def idle(self) -> bool:
@@ -102,16 +102,13 @@ class TransformersEngine:
 
     def cancel(self, request_id: str) -> None:
         """Ends a request at the next step; unknown ids are ignored."""
-        for active in self._active:
-            if active.request.id == request_id:
-                active.cancelled = True
-        self._waiting = deque(r for r in self._waiting if r.id != request_id)
+        self._cancelled.add(request_id)
 
     def step(self) -> Sequence[Event]:
         """Advances every active request by a prefill chunk or a token."""
+        events: list[Event] = list(self._drop_cancelled())
         while self._waiting and self._free_caches:
             self._admit(self._waiting.popleft())
-        events: list[Event] = []
         for active in tuple(self._active):
             events += self._advance(active)
         self._meter.sample()
@@ -131,6 +128,16 @@ class TransformersEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _drop_cancelled(self) -> Iterator[FinishedEvent]:
+        for active in tuple(self._active):
+            if active.request.id in self._cancelled:
+                yield self._finish(active, "cancelled")
+        for request in tuple(self._waiting):
+            if request.id in self._cancelled:
+                self._waiting.remove(request)
+                yield _finished(request, "cancelled", new_tokens=0)
+        self._cancelled.clear()
+
     def _admit(self, request: Request) -> None:
         cache = self._free_caches.popleft()
         cache.reset()
@@ -144,8 +151,6 @@ class TransformersEngine:
         )
 
     def _advance(self, active: _Active) -> list[Event]:
-        if active.cancelled:
-            return [self._finish(active, "cancelled")]
         chunk = self._plan.prefill_chunk_tokens
         tokens, rest = active.pending[:chunk], active.pending[chunk:]
         logits = self._forward(active, tokens)
@@ -182,12 +187,16 @@ class TransformersEngine:
     def _finish(self, active: _Active, reason: FinishReason) -> FinishedEvent:
         self._active.remove(active)
         self._free_caches.append(active.cache)
-        return FinishedEvent(
-            request_id=active.request.id,
-            reason=reason,
-            prompt_tokens=len(active.request.prompt_tokens),
-            new_tokens=active.new_tokens,
-        )
+        return _finished(active.request, reason, new_tokens=active.new_tokens)
+
+
+def _finished(request: Request, reason: FinishReason, *, new_tokens: int) -> FinishedEvent:
+    return FinishedEvent(
+        request_id=request.id,
+        reason=reason,
+        prompt_tokens=len(request.prompt_tokens),
+        new_tokens=new_tokens,
+    )
 
 
 def _allocate_cache(model: Any, plan: Plan, spec: ModelSpec) -> Any:

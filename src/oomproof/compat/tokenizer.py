@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from oomproof.engine.model import Message
 from oomproof.errors import CheckpointError, RequestError
 
-Message = Mapping[str, str]
-"""A turn of a conversation: {"role": "user", "content": "…"}."""
 
 
-class Tokenizer:
-    """A model's tokenizer, with its chat template.
+class TransformersTokenizer:
+    """A model's tokenizer, with its chat template; implements `engine.model.Tokenizer`.
+
+    Args:
+        folder: Where the tokenizer's files are.
+        eos_token_ids: Further tokens that end an answer, from the generation config.
+        trust_remote_code: Lets transformers run code that the folder ships.
 
     Raises:
         CheckpointError: The folder holds no tokenizer that can be read.
     """
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        trust_remote_code: bool = False,
+    ) -> None:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
@@ -29,11 +40,11 @@ class Tokenizer:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(str(folder), f"no tokenizer can be read: {reason}") from None
-
-    @property
-    def has_chat_template(self) -> bool:
+        own = self._tokenizer.eos_token_id
+        self.has_chat_template = bool(self._tokenizer.chat_template)
         """Whether the model knows turns of a conversation."""
-        return bool(self._tokenizer.chat_template)
+        self.stop_tokens = frozenset([*eos_token_ids, *([] if own is None else [own])])
+        """Tokens that end an answer."""
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of plain text, with the special tokens that begin a document."""
@@ -61,8 +72,22 @@ class Tokenizer:
         """Text of tokens, special ones left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def stop_tokens(self, generation_config: Any) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's own, and those of the generation config."""
-        configured = getattr(generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, list) else [configured]
-        return frozenset(i for i in (*ids, self._tokenizer.eos_token_id) if i is not None)
+
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Tokens that end an answer, from the folder's generation_config.json where there is one.
+
+    Raises:
+        CheckpointError: The file is not what it should be.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        configured = json.loads(path.read_bytes()).get("eos_token_id")
+    except (ValueError, AttributeError):
+        raise CheckpointError(str(path), "is not a JSON object") from None
+    ids = configured if isinstance(configured, list) else [configured]
+    found = tuple(token for token in ids if token is not None)
+    if not all(isinstance(token, int) and token >= 0 for token in found):
+        raise CheckpointError(str(path), f"eos_token_id {configured!r} is not a token")
+    return found

@@ -72,13 +72,11 @@ def _port(nvml: ModuleType | Any, handle: object) -> _Port:
 
 def _nvlink_peers(nvml: ModuleType | Any, handle: object) -> list[str]:
     peers = []
-    past_the_last = (nvml.NVML_ERROR_INVALID_ARGUMENT,)
+    no_such_link = (nvml.NVML_ERROR_INVALID_ARGUMENT,)
     for link in range(nvml.NVML_NVLINK_MAX_LINKS):
         active = where_supported(
-            nvml, partial(nvml.nvmlDeviceGetNvLinkState, handle, link), also=past_the_last
+            nvml, partial(nvml.nvmlDeviceGetNvLinkState, handle, link), also=no_such_link
         )
-        if active is None:
-            break
         if active:
             peers.append(_nvlink_peer(nvml, handle, link))
     return peers

@@ -1,0 +1,129 @@
+"""`oomproof chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from oomproof.cli import options
+from oomproof.errors import RequestError
+
+_HELP = """\
+/help    this help
+/clear   forget the conversation
+/plan    what the model holds where
+/memory  predicted against measured memory
+/quit    leave (so does Ctrl-D)
+Ctrl-C stops the answer that is on its way."""
+
+
+def chat(
+    model: options.Model,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = 1.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = None,
+    format: options.Format = "auto",
+    kv_format: options.KVFormat = "auto",
+    context: options.Context = None,
+    max_memory: options.MaxMemory = None,
+    reserve: options.Reserve = None,
+    cap: options.Cap = None,
+    engine: options.Engine = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Talk to a model; it remembers the conversation as far as the context reaches."""
+    from oomproof import session
+    from oomproof.cli.render import (
+        loading_progress,
+        print_memory,
+        print_plan,
+        print_plan_line,
+        say,
+    )
+    from oomproof.engine.messages import SamplingOptions
+
+    SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    session.require_run_packages()
+    made = session.plan(
+        model,
+        format=format,
+        kv_format=kv_format,
+        context=context,
+        max_memory=options.parse_max_memory(max_memory),
+        reserve=reserve or 0,
+        cap=cap,
+        engine=engine,
+        revision=revision,
+    )
+    print_plan_line(made)
+    with loading_progress() as progress:
+        loaded = session.load(made, progress=progress, trust_remote_code=trust_remote_code)
+    say("/help for help, Ctrl-D to leave")
+    history: list[dict[str, str]] = []
+    with loaded:
+        while (line := _read_line()) is not None:
+            match line.strip():
+                case "":
+                    continue
+                case "/quit" | "/exit":
+                    break
+                case "/help":
+                    say(_HELP)
+                case "/clear":
+                    history.clear()
+                    say("forgotten")
+                case "/plan":
+                    print_plan(made)
+                case "/memory":
+                    print_memory(made, loaded.measured_terms())
+                case command if command.startswith("/"):
+                    say(f"no command {command.split()[0]}; /help lists them")
+                case text:
+                    history.append({"role": "user", "content": text})
+                    _answer(
+                        loaded,
+                        history,
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                        top_k=top_k,
+                        top_p=top_p,
+                        seed=seed,
+                    )
+
+
+def _read_line() -> str | None:
+    """The next line of the user, None at the end; Ctrl-C drops a line half written."""
+    while True:
+        try:
+            if sys.stdin.isatty():
+                sys.stderr.write("\n> ")
+                sys.stderr.flush()
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            sys.stderr.write("\n(Ctrl-D or /quit to leave)\n")
+            continue
+        return line or None
+
+
+def _answer(loaded: object, history: list[dict[str, str]], **sampling: object) -> None:
+    """Streams one answer and appends it to the history; a refusal leaves the history as it was."""
+    from oomproof.cli.render import say
+
+    try:
+        stream = loaded.stream(history, **sampling)  # type: ignore[attr-defined]
+    except RequestError as error:
+        history.pop()
+        say(f"error: {error}")
+        say("/clear forgets the conversation")
+        return
+    try:
+        for piece in stream:
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        stream.cancel()
+    typer.echo()
+    history.append({"role": "assistant", "content": stream.text})

@@ -1,0 +1,85 @@
+"""Options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from oomproof.errors import InputError
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, a hub id (org/name), a well-known name (llama-3.1-8b), or `tiny`.",
+        show_default=False,
+    ),
+]
+Format = Annotated[
+    str, typer.Option("--format", help="Weight format, or auto: the best quality that fits.")
+]
+KVFormat = Annotated[str, typer.Option("--kv-format", help="KV cache: auto, bf16, fp16, fp8.")]
+Context = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        "--max-model-len",
+        help="Prompt and answer in tokens: 8192, 32k, auto for the largest that fits. "
+        "[default: 8k, or the model's maximum]",
+        show_default=False,
+    ),
+]
+Concurrency = Annotated[int, typer.Option("--concurrency", help="Requests at once.")]
+MaxMemory = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--max-memory", help="Most memory of a device: 0=20GiB. Repeat for more.", metavar="I=SIZE"
+    ),
+]
+Reserve = Annotated[
+    str | None, typer.Option("--reserve", help="Free memory of each device to leave alone: 2GiB.")
+]
+Cap = Annotated[
+    str | None,
+    typer.Option("--cap", help="Most memory of each device, enforced while running: 24GiB."),
+]
+Engine = Annotated[str, typer.Option("--engine", help="auto or transformers.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        help="Bound of an answer. [default: 512, or what the context has room for]",
+        show_default=False,
+    ),
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="0 takes the most likely token each time.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from the K most likely; 0 for all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Draw from the most likely that hold this probability.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes the answer repeatable.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let transformers run code the model ships."),
+]
+
+
+def parse_max_memory(values: list[str] | None) -> dict[int, int | str]:
+    """Reads ["0=20GiB", "1=8GiB"].
+
+    Raises:
+        InputError: Not of the form INDEX=SIZE.
+    """
+    limits: dict[int, int | str] = {}
+    for value in values or []:
+        index, separator, size = value.partition("=")
+        if not separator or not index.strip().isdecimal():
+            raise InputError(f"max-memory {value!r} is not INDEX=SIZE", remedy='write "0=20GiB"')
+        limits[int(index)] = size
+    return limits

@@ -1,0 +1,58 @@
+"""`oomproof plan`: what fits where, before a byte is downloaded."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from oomproof.cli import options
+
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        help='A machine that is not here: "4x RTX 4090", "8xA100-80GB", "2x24GiB,1x12GiB".',
+        show_default=False,
+    ),
+]
+
+
+def plan(
+    model: options.Model,
+    gpus: Gpus = None,
+    format: options.Format = "auto",
+    kv_format: options.KVFormat = "auto",
+    context: options.Context = None,
+    concurrency: options.Concurrency = 1,
+    max_memory: options.MaxMemory = None,
+    reserve: options.Reserve = None,
+    cap: options.Cap = None,
+    engine: options.Engine = "auto",
+    revision: options.Revision = None,
+    json: options.Json = False,
+) -> None:
+    """Say what each device will hold, and whether it fits. Needs no GPU and no download."""
+    from oomproof import session
+
+    made = session.plan(
+        model,
+        gpus=gpus,
+        format=format,
+        kv_format=kv_format,
+        context=context,
+        concurrency=concurrency,
+        max_memory=options.parse_max_memory(max_memory),
+        reserve=reserve or 0,
+        cap=cap,
+        engine=engine,
+        revision=revision,
+    )
+    if json:
+        typer.echo(made.to_json())
+    else:
+        from oomproof.cli.render import print_plan
+
+        print_plan(made)
+    if not made.fits:
+        raise typer.Exit(3)

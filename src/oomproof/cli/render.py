@@ -1,0 +1,239 @@
+"""Plans, progress and memory as people see them. Results go to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from oomproof.memory.terms import DeviceTerms
+from oomproof.planning.plan import DevicePlan, Plan
+from oomproof.units import format_bytes, format_parameters
+
+if TYPE_CHECKING:
+    from oomproof.engine.model import Model, Stream
+
+_TERMS = tuple(field.name for field in fields(DeviceTerms))
+
+
+def say(text: str) -> None:
+    """Talk: a line on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def _stdout() -> Console:
+    return Console(highlight=False, soft_wrap=False)
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan as a table, its verdict first."""
+    console = _stdout()
+    console.print(f"[bold]{plan.model}[/bold]  {describe_choice(plan)}")
+    console.print(_verdict(plan))
+    console.print()
+    console.print(_device_table(plan))
+    _print_facts(console, plan)
+    if plan.alternatives:
+        console.print(_alternatives_table(plan))
+
+
+def describe_choice(plan: Plan) -> str:
+    """Parameters, format, context, engine, in a line."""
+    requests = "" if plan.concurrency == 1 else f" × {plan.concurrency} requests"
+    return (
+        f"{format_parameters(plan.num_parameters)} parameters · {plan.format} · "
+        f"{plan.context:,} tokens{requests} · {plan.engine} engine"
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    if not plan.fits:
+        return f"[bold red]does not fit[/bold red]: {format_bytes(plan.shortfall_bytes)} missing"
+    if not plan.runnable:
+        return "[bold yellow]fits, but no engine here runs it[/bold yellow]"
+    return f"[bold green]fits[/bold green], up to {plan.max_context:,} tokens of context"
+
+
+def _device_table(plan: Plan) -> Table:
+    shown = plan.devices if len(plan.devices) <= 8 or not plan.fits else plan.devices_in_use
+    names = [n for n in _TERMS if any(getattr(d.terms, n) for d in shown)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("device")
+    table.add_column("layers")
+    for name in (*names, "peak", "free"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for device in shown:
+        table.add_row(
+            f"{device.index} {device.name}",
+            _layers(device),
+            *(format_bytes(getattr(device.terms, name)) for name in names),
+            _peak(device),
+            format_bytes(device.usable_bytes),
+        )
+    return table
+
+
+def _layers(device: DevicePlan) -> str:
+    parts = []
+    if device.holds_embedding:
+        parts.append("embedding")
+    if device.layers is not None:
+        first, last = device.layers
+        parts.append(f"{first}–{last}")
+    if device.holds_head:
+        parts.append("head")
+    return " + ".join(parts) or "–"
+
+
+def _peak(device: DevicePlan) -> str:
+    size = format_bytes(device.peak_bytes)
+    return f"[red]{size}[/red]" if device.peak_bytes > device.usable_bytes else size
+
+
+def _print_facts(console: Console, plan: Plan) -> None:
+    speed = plan.tokens_per_second
+    host = format_bytes(plan.host.peak_bytes)
+    if plan.host.usable_bytes is not None:
+        host += f" of {format_bytes(plan.host.usable_bytes)}"
+    console.print(f"host RAM   {host}")
+    if plan.download_bytes:
+        console.print(f"download   {format_bytes(plan.download_bytes)}")
+    if speed.decode is not None:
+        prefill = "" if speed.prefill is None else f", prompts at {speed.prefill:,.0f}"
+        console.print(f"speed      about {speed.decode:,.3g} tokens/s{prefill} (predicted)")
+    for reason in plan.reasons:
+        console.print(f"· {reason}")
+
+
+def _alternatives_table(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="other formats", title_justify="left")
+    table.add_column("format")
+    table.add_column(f"at {plan.context:,} tokens")
+    table.add_column("largest context", justify="right")
+    for other in plan.alternatives:
+        if not other.fits:
+            verdict = f"{format_bytes(other.shortfall_bytes)} missing"
+        else:
+            verdict = "fits" if other.runnable else "fits, no engine here runs it"
+        largest = f"{other.max_context:,}" if other.max_context else "–"
+        table.add_row(other.format, verdict, largest)
+    return table
+
+
+def print_plan_line(plan: Plan) -> None:
+    """The plan in one line of talk, before loading."""
+    peaks = ", ".join(
+        f"{format_bytes(device.peak_bytes)} of {format_bytes(device.usable_bytes)} "
+        f"on {device.index} {device.name}"
+        for device in plan.devices_in_use
+    )
+    say(f"{plan.model}: {describe_choice(plan)}\nplanned {peaks}")
+
+
+@contextmanager
+def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr for each stage: download, load. Quiet where nobody watches."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def print_speed(stream: Stream) -> None:
+    """Tokens and their pace, as a line of talk."""
+    line = f"{stream.prompt_tokens:,} prompt tokens, {len(stream.tokens):,} new"
+    if stream.first_token_s is not None:
+        line += f", first after {stream.first_token_s:.2f} s"
+    if stream.tokens_per_second is not None:
+        line += f", then {stream.tokens_per_second:.1f} tokens/s"
+    say(f"[{line}; ended by {stream.finish_reason}]")
+
+
+def print_memory(plan: Plan, measured: Mapping[int, DeviceTerms]) -> None:
+    """Predicted against measured bytes of each term, a table on stderr."""
+    console = Console(stderr=True, highlight=False)
+    for device in plan.devices_in_use:
+        terms = measured[device.index]
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            title=f"memory of {device.index} {device.name}",
+            title_justify="left",
+        )
+        for column in ("term", "predicted", "measured", "measured / predicted"):
+            table.add_column(column, justify="left" if column == "term" else "right")
+        for name in _TERMS:
+            predicted, found = getattr(device.terms, name), getattr(terms, name)
+            if predicted or found:
+                table.add_row(name, *_compared(predicted, found, is_margin=name == "margin"))
+        promised = device.peak_bytes - device.terms.margin
+        table.add_section()
+        table.add_row("peak without margin", *_compared(promised, terms.peak_bytes))
+        console.print(table)
+
+
+def _compared(predicted: int, found: int, *, is_margin: bool = False) -> tuple[str, str, str]:
+    if is_margin:
+        return format_bytes(predicted), "–", "–"
+    ratio = f"{found / predicted:.1%}" if predicted else "–"
+    if found > predicted:
+        ratio = f"[red]{ratio}[/red]"
+    return format_bytes(predicted), format_bytes(found), ratio
+
+
+def answer_as_json(model: Model, stream: Stream) -> str:
+    """An answer with its figures, as `run --json` prints it."""
+    measured = model.measured_terms()
+    return json.dumps(
+        {
+            "model": model.plan.model,
+            "format": model.plan.format,
+            "text": stream.text,
+            "finish_reason": stream.finish_reason,
+            "prompt_tokens": stream.prompt_tokens,
+            "new_tokens": len(stream.tokens),
+            "first_token_s": stream.first_token_s,
+            "tokens_per_second": stream.tokens_per_second,
+            "memory": [
+                {
+                    "index": device.index,
+                    "name": device.name,
+                    "predicted": device.terms.as_dict(),
+                    "predicted_peak_bytes": device.peak_bytes - device.terms.margin,
+                    "measured": measured[device.index].as_dict(),
+                    "measured_peak_bytes": measured[device.index].peak_bytes,
+                }
+                for device in model.plan.devices_in_use
+            ],
+        },
+        indent=2,
+    )

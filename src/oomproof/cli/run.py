@@ -1,0 +1,115 @@
+"""`oomproof run`: plan, load, answer one prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from oomproof.cli import options
+from oomproof.errors import RequestError
+
+PromptArgument = Annotated[
+    str | None,
+    typer.Argument(help="What to answer; read from stdin where it is left out or -."),
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")
+]
+Memory = Annotated[
+    bool, typer.Option("--memory", help="Print predicted against measured memory at the end.")
+]
+
+
+def run(
+    model: options.Model,
+    prompt: PromptArgument = None,
+    raw: Raw = False,
+    memory: Memory = False,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = 1.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = None,
+    format: options.Format = "auto",
+    kv_format: options.KVFormat = "auto",
+    context: options.Context = None,
+    max_memory: options.MaxMemory = None,
+    reserve: options.Reserve = None,
+    cap: options.Cap = None,
+    engine: options.Engine = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+) -> None:
+    """Plan a model, load it as planned, and stream the answer to one prompt."""
+    from oomproof import session
+    from oomproof.cli.render import (
+        answer_as_json,
+        loading_progress,
+        print_memory,
+        print_plan_line,
+        print_speed,
+    )
+    from oomproof.engine.messages import SamplingOptions
+
+    text = _read_prompt(prompt)
+    # Wrong options are told before anything is loaded.
+    SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    session.require_run_packages()
+    made = session.plan(
+        model,
+        format=format,
+        kv_format=kv_format,
+        context=context,
+        max_memory=options.parse_max_memory(max_memory),
+        reserve=reserve or 0,
+        cap=cap,
+        engine=engine,
+        revision=revision,
+    )
+    print_plan_line(made)
+    with loading_progress() as progress:
+        loaded = session.load(made, progress=progress, trust_remote_code=trust_remote_code)
+    with loaded:
+        stream = loaded.stream(
+            text,
+            raw=raw,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        try:
+            for piece in stream:
+                if not json:
+                    typer.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            stream.cancel()
+        if json:
+            typer.echo(answer_as_json(loaded, stream))
+        else:
+            typer.echo()
+            print_speed(stream)
+        if memory:
+            print_memory(made, loaded.measured_terms())
+
+
+def _read_prompt(prompt: str | None) -> str:
+    """The prompt from the command line, or all of stdin.
+
+    Raises:
+        RequestError: There is neither, or stdin is not text.
+    """
+    if prompt is None or prompt == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise RequestError("no prompt", remedy="give it as an argument or on stdin")
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"stdin is not UTF-8 text: {error}") from None
+    if not prompt.strip():
+        raise RequestError("the prompt is empty", remedy="give it as an argument or on stdin")
+    return prompt

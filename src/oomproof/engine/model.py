@@ -1,0 +1,233 @@
+"""A loaded model as people use it: text in, text out, streamed; it wraps any engine."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Protocol, Self, overload
+
+from oomproof.engine.messages import (
+    Event,
+    FinishedEvent,
+    FinishReason,
+    Request,
+    SamplingOptions,
+    TokenEvent,
+)
+from oomproof.engine.protocol import Engine
+from oomproof.engine.text import IncrementalDecoder
+from oomproof.errors import RequestError
+from oomproof.memory.terms import DeviceTerms
+from oomproof.planning.plan import Plan
+
+DEFAULT_MAX_NEW_TOKENS = 512
+"""Bound of an answer where none is asked for; less where the context has less room."""
+
+Message = Mapping[str, str]
+"""A turn of a conversation: {"role": "user", "content": "…"}."""
+Prompt = str | Sequence[Message]
+"""A user's message, or a whole conversation."""
+
+
+class Tokenizer(Protocol):
+    """What a model's text side needs."""
+
+    has_chat_template: bool
+    stop_tokens: frozenset[int]
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Tokens of plain text."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Tokens of a conversation, up to where the answer begins."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones left out."""
+
+
+class Stream(Iterator[str]):
+    """An answer on its way: iterate for its pieces of text.
+
+    Streams of one model may be read in turns; reading one advances them all.
+    """
+
+    def __init__(self, model: Model, request: Request) -> None:
+        self._model = model
+        self._request = request
+        self._decoder = IncrementalDecoder(model.tokenizer.decode)
+        self._pieces: deque[str] = deque()
+        self._started = time.perf_counter()
+        self.text = ""
+        """The answer so far."""
+        self.tokens: list[int] = []
+        """The answer's tokens so far."""
+        self.finish_reason: FinishReason | None = None
+        """Why the answer ended, None while it goes on."""
+        self.first_token_s: float | None = None
+        """Seconds from the request to its first token."""
+        self.finished_s: float | None = None
+        """Seconds from the request to its end."""
+
+    def __next__(self) -> str:
+        while not self._pieces:
+            if self.finish_reason is not None:
+                raise StopIteration
+            self._model.advance()
+        return self._pieces.popleft()
+
+    def cancel(self) -> None:
+        """Ends the answer where it is; what was produced stays in `text`."""
+        if self.finish_reason is None:
+            self._model.cancel(self._request.id)
+
+    def receive(self, event: Event) -> None:
+        """Takes an event of this request from the engine."""
+        if isinstance(event, TokenEvent):
+            if self.first_token_s is None:
+                self.first_token_s = time.perf_counter() - self._started
+            self.tokens.append(event.token)
+            self._add(self._decoder.push(event.token))
+        else:
+            self._add(self._decoder.flush())
+            self.finish_reason = event.reason
+            self.finished_s = time.perf_counter() - self._started
+
+    def _add(self, piece: str) -> None:
+        if piece:
+            self.text += piece
+            self._pieces.append(piece)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self._request.prompt_tokens)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed: tokens after the first one over the time they took."""
+        if self.finished_s is None or self.first_token_s is None or len(self.tokens) < 2:
+            return None
+        return (len(self.tokens) - 1) / (self.finished_s - self.first_token_s)
+
+
+class Model:
+    """A loaded model. Close it, or use it in a `with` block, to give its memory back.
+
+    Args:
+        engine: Runs the requests.
+        tokenizer: The model's text side.
+        plan: The plan it was loaded by.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, plan: Plan) -> None:
+        self._engine = engine
+        self._streams: dict[str, Stream] = {}
+        self._ids = itertools.count()
+        self.tokenizer = tokenizer
+        self.plan = plan
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Stream:
+        """Begins an answer.
+
+        Args:
+            prompt: A user's message, or the turns of a conversation.
+            raw: Continue the text as it stands, without the model's chat template.
+            max_new_tokens: Bound of the answer; None for 512, or what the context has room for.
+            temperature: 0 takes the most likely token each time.
+            top_k: Keep this many of the most likely tokens; 0 keeps all.
+            top_p: Keep the most likely tokens that hold this probability together.
+            seed: Makes the answer repeatable.
+
+        Raises:
+            RequestError: An option out of bounds, or a prompt that cannot fit.
+        """
+        tokens = self._encode(prompt, raw=raw)
+        if max_new_tokens is None:
+            room = self.plan.context - len(tokens)
+            max_new_tokens = max(1, min(DEFAULT_MAX_NEW_TOKENS, room))
+        request = Request(
+            id=str(next(self._ids)),
+            prompt_tokens=tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingOptions(
+                temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            ),
+            stop_tokens=self.tokenizer.stop_tokens,
+        )
+        self._engine.submit(request)
+        stream = Stream(self, request)
+        self._streams[request.id] = stream
+        return stream
+
+    @overload
+    def generate(self, prompt: str, **options: object) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **options: object) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], **options: object) -> str | list[str]:
+        """The whole answer to a prompt, or the answers to several, computed together.
+
+        Args:
+            prompt: One user's message, or a list of them.
+            options: Those of `stream`.
+
+        Raises:
+            RequestError: An option out of bounds, or a prompt that cannot fit.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        streams = [self.stream(text, **options) for text in prompts]  # type: ignore[arg-type]
+        answers = ["".join(stream) for stream in streams]
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def advance(self) -> None:
+        """One step of the engine; its events go to their streams."""
+        for event in self._engine.step():
+            self._streams[event.request_id].receive(event)
+            if isinstance(event, FinishedEvent):
+                del self._streams[event.request_id]
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request; its stream finishes at the next step."""
+        self._engine.cancel(request_id)
+        self.advance()
+
+    def measured_terms(self) -> Mapping[int, DeviceTerms]:
+        """Device index → bytes measured so far, under the names of the plan's terms."""
+        return self._engine.measured_terms()
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt, *, raw: bool) -> tuple[int, ...]:
+        if raw or not self.tokenizer.has_chat_template:
+            if not isinstance(prompt, str):
+                raise RequestError(
+                    "this model has no chat template", remedy="give the prompt as one text"
+                )
+            return self.tokenizer.encode(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.tokenizer.encode_chat(messages)

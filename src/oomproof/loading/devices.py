@@ -1,0 +1,76 @@
+"""Makes this process see the devices as the plan does, and keeps it inside its cap."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from oomproof.errors import HardwareError, PlanDoesNotFitError
+from oomproof.hardware.spec import Hardware
+from oomproof.planning.plan import DevicePlan, Plan
+from oomproof.units import format_bytes
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def prepare_devices(plan: Plan, hardware: Hardware) -> None:
+    """Checks that the planned devices are there, free enough, and the ones that torch will use.
+
+    Sets CUDA's device order and the allocator's expandable segments where the user did not; both
+    count only before CUDA starts.
+
+    Raises:
+        HardwareError: A planned device is absent, or torch numbers the devices differently.
+        PlanDoesNotFitError: A device has less free memory now than the plan needs.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if not any(variable in os.environ for variable in _ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    present = {device.index: device for device in hardware.devices}
+    for device in plan.devices_in_use:
+        found = present.get(device.index)
+        if found is None or found.kind != device.kind:
+            raise HardwareError(
+                f"the plan uses {device.name} as device {device.index}, which is not here",
+                remedy="plan again on this machine, without --gpus",
+            )
+        if device.kind != "cuda":
+            continue
+        if found.free_bytes < device.peak_bytes:
+            short = device.peak_bytes - found.free_bytes
+            raise PlanDoesNotFitError(
+                f"GPU {device.index} has {format_bytes(found.free_bytes)} free now, "
+                f"the plan needs {format_bytes(device.peak_bytes)}",
+                shortfall_bytes=short,
+                remedy="free it, or plan again",
+            )
+        _check_cuda(device)
+        if plan.cap_bytes is not None:
+            _cap(device, plan.cap_bytes)
+
+
+def _check_cuda(device: DevicePlan) -> None:
+    if not torch.cuda.is_available():
+        raise HardwareError(
+            "NVML sees a GPU, but torch cannot use CUDA",
+            remedy="install a CUDA build of torch for this driver (see `oomproof doctor`)",
+        )
+    if device.index >= torch.cuda.device_count():
+        raise HardwareError(
+            f"the plan uses GPU {device.index}, torch sees {torch.cuda.device_count()} GPUs",
+            remedy="check CUDA_VISIBLE_DEVICES",
+        )
+    uuid = str(torch.cuda.get_device_properties(device.index).uuid)
+    if device.uuid is not None and uuid not in device.uuid:
+        raise HardwareError(
+            f"device {device.index} is {device.uuid} in the plan and GPU-{uuid} for torch",
+            remedy="set CUDA_DEVICE_ORDER=PCI_BUS_ID before starting Python",
+        )
+
+
+def _cap(device: DevicePlan, cap_bytes: int) -> None:
+    """Makes torch fail rather than pass the cap: its own share is what the context leaves."""
+    total = torch.cuda.get_device_properties(device.index).total_memory
+    share = (cap_bytes - device.terms.cuda_context) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device.index)

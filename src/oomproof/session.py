@@ -1,0 +1,266 @@
+"""Wires probe, plan, load and engine together; every interface enters here.
+
+    plan(model, …)             → Plan
+    load(plan or model, …)     → Model, which answers prompts
+    from_pretrained(model, …)  → an ordinary transformers model, placed by a plan
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from oomproof.errors import (
+    InputError,
+    MissingDependencyError,
+    NotRunnableError,
+    PlanDoesNotFitError,
+    PlanMismatchError,
+)
+from oomproof.hardware.describe import describe
+from oomproof.hardware.probe import probe
+from oomproof.hardware.spec import Hardware
+from oomproof.models.resolve import resolve, with_checkpoint
+from oomproof.models.spec import ModelSpec
+from oomproof.planning.plan import Plan
+from oomproof.planning.request import PlanRequest
+from oomproof.planning.search import make_plan
+from oomproof.units import format_bytes, parse_bytes, parse_tokens
+
+if TYPE_CHECKING:
+    from oomproof.engine.model import Model
+
+RUN_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "jinja2")
+
+Progress = Callable[[str, int, int], None]
+"""Called with ("download" or "load", bytes done, bytes in all)."""
+
+
+def plan(
+    model: str | Path,
+    *,
+    gpus: str | None = None,
+    format: str = "auto",  # noqa: A002 - the command line's word
+    kv_format: str = "auto",
+    context: int | str | None = None,
+    concurrency: int = 1,
+    max_memory: Mapping[int, int | str] | None = None,
+    reserve: int | str = 0,
+    cap: int | str | None = None,
+    engine: str = "auto",
+    revision: str | None = None,
+) -> Plan:
+    """Plans a model on this machine, or on a described one.
+
+    Args:
+        model: A folder, a hub id ("org/name"), a name of the catalog, or "tiny".
+        gpus: A machine that is not here: "4x RTX 4090", "2x24GiB,1x12GiB".
+        format: A weight format, or "auto": the best quality that fits.
+        kv_format: "bf16", "fp16", "fp8", or "auto".
+        context: Prompt and answer in tokens (8192, "8k"), "auto" for the largest that fits, None
+            for min(8192, the model's maximum).
+        concurrency: Requests at once.
+        max_memory: Device index → most bytes the plan may use there ("20GiB").
+        reserve: Free memory of each device to leave alone.
+        cap: Most bytes of each device, enforced while running too.
+        engine: "transformers", or "auto".
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        InputError: Any of these cannot be understood or served; see oomproof.errors.
+    """
+    spec = resolve(str(model), revision=revision)
+    request = PlanRequest(
+        format=format,
+        kv_format=kv_format,
+        context=_tokens(context),
+        concurrency=concurrency,
+        reserve_bytes=_bytes(reserve, "reserve") or 0,
+        max_memory={
+            index: _bytes(size, "max-memory") or 0 for index, size in (max_memory or {}).items()
+        },
+        cap_bytes=_bytes(cap, "cap"),
+        engine=engine,
+    )
+    return make_plan(spec, _hardware(gpus), request)
+
+
+def load(
+    model: Plan | str | Path,
+    *,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Model:
+    """Loads a model as planned, ready to answer.
+
+    Args:
+        model: A plan of this machine, or what `plan` takes.
+        progress: Told of bytes downloaded and loaded.
+        trust_remote_code: Lets transformers run code that the model's folder ships.
+        options: Those of `plan`, where `model` is not a plan.
+
+    Raises:
+        MissingDependencyError: The [run] extra is not installed.
+        PlanDoesNotFitError: The plan needs more memory than there is.
+        NotRunnableError: No engine here runs it.
+        LoadError: The checkpoint does not give what the plan promises.
+        InputError: See `plan`.
+    """
+    contract = _agree(model, options)
+    folder = _fetch(contract.spec, progress)
+    from oomproof.compat.engine import TransformersEngine
+    from oomproof.compat.measure import MemoryMeter
+    from oomproof.compat.model import load_model
+    from oomproof.compat.tokenizer import TransformersTokenizer, eos_token_ids
+    from oomproof.engine.model import Model
+    from oomproof.loading.devices import prepare_devices
+
+    tokenizer = TransformersTokenizer(
+        folder, eos_token_ids=eos_token_ids(folder), trust_remote_code=trust_remote_code
+    )
+    prepare_devices(contract.plan, contract.hardware)
+    meter = MemoryMeter(contract.plan, contract.hardware)
+    loaded = load_model(
+        contract.plan,
+        contract.spec,
+        folder,
+        progress=_of_stage(progress, "load"),
+        trust_remote_code=trust_remote_code,
+    )
+    engine = TransformersEngine(loaded, contract.plan, contract.spec, meter)
+    return Model(engine, tokenizer, contract.plan)
+
+
+def from_pretrained(
+    model: Plan | str | Path,
+    *,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """An ordinary `transformers.PreTrainedModel`, placed and quantized by a plan.
+
+    Its KV cache is transformers' own and grows as it generates; the plan left room for it.
+
+    Args:
+        model: A plan of this machine, or what `plan` takes.
+        progress: Told of bytes downloaded and loaded.
+        trust_remote_code: Lets transformers run code that the model's folder ships.
+        options: Those of `plan`, where `model` is not a plan.
+
+    Raises:
+        OomproofError: As `load` does.
+    """
+    contract = _agree(model, options)
+    folder = _fetch(contract.spec, progress)
+    from oomproof.compat.model import load_model
+    from oomproof.loading.devices import prepare_devices
+
+    prepare_devices(contract.plan, contract.hardware)
+    return load_model(
+        contract.plan,
+        contract.spec,
+        folder,
+        progress=_of_stage(progress, "load"),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def require_run_packages() -> None:
+    """Checks that the packages of the [run] extra are there, without importing them.
+
+    Raises:
+        MissingDependencyError: One of them is not, with the line that installs them all.
+    """
+    for package in RUN_PACKAGES:
+        if find_spec(package) is None:
+            raise MissingDependencyError(package, install="pip install 'oomproof[run]'")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Contract:
+    """A plan that can be executed here and now, with what it was made from."""
+
+    plan: Plan
+    spec: ModelSpec
+    """With the headers of its checkpoint."""
+    hardware: Hardware
+
+
+def _agree(model: Plan | str | Path, options: Mapping[str, Any]) -> _Contract:
+    """The plan to execute, or the reason why there is none."""
+    require_run_packages()
+    if isinstance(model, Plan):
+        if options:
+            raise InputError(
+                f"a plan is loaded as it is; {', '.join(options)} cannot change it",
+                remedy="give them to oomproof.plan",
+            )
+        agreed = model
+    else:
+        agreed = plan(model, **options)
+    _refuse_unexecutable(agreed)
+    spec = with_checkpoint(resolve(agreed.source.path, revision=agreed.source.revision))
+    if spec.fingerprint != agreed.fingerprint:
+        raise PlanMismatchError(
+            (f"{agreed.source.path} is another model than the one that was planned",)
+        )
+    return _Contract(plan=agreed, spec=spec, hardware=probe())
+
+
+def _refuse_unexecutable(agreed: Plan) -> None:
+    reasons = "; ".join(agreed.reasons)
+    if not agreed.runnable:
+        raise NotRunnableError(f"no engine here runs {agreed.model} in {agreed.format}: {reasons}")
+    if not agreed.fits:
+        raise PlanDoesNotFitError(
+            f"{agreed.model} does not fit: {format_bytes(agreed.shortfall_bytes)} missing",
+            shortfall_bytes=agreed.shortfall_bytes,
+            remedy=_what_would_fit(agreed),
+        )
+
+
+def _what_would_fit(agreed: Plan) -> str:
+    if agreed.max_context:
+        return f"use --context {agreed.max_context}"
+    for other in agreed.alternatives:
+        if other.fits and other.runnable:
+            return f"use --format {other.format}"
+    return "use a smaller model, or see `oomproof plan`"
+
+
+def _fetch(spec: ModelSpec, progress: Progress | None) -> Path:
+    """The folder with the model's files, downloaded where they are not here yet."""
+    if spec.source.kind == "folder":
+        return Path(spec.source.path)
+    from oomproof.models.hub import download
+
+    return download(
+        spec.source.path,
+        spec.source.revision,
+        progress=_of_stage(progress, "download"),
+    )
+
+
+def _of_stage(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(stage, done, total)
+
+
+def _hardware(gpus: str | None) -> Hardware:
+    return probe() if gpus is None else describe(gpus)
+
+
+def _tokens(context: int | str | None) -> int | Literal["auto"] | None:
+    if context is None or isinstance(context, int):
+        return context
+    return "auto" if context == "auto" else parse_tokens(context)
+
+
+def _bytes(size: int | str | None, what: str) -> int | None:
+    return parse_bytes(size, what=what) if isinstance(size, str) else size
