@@ -1,8 +1,8 @@
 """Wires probe, plan, load and engine together; every interface enters here.
 
-    plan(model, …)             → Plan
-    load(plan or model, …)     → Model, which answers prompts
-    from_pretrained(model, …)  → an ordinary transformers model, placed by a plan
+plan(model, …)             → Plan
+load(plan or model, …)     → Model, which answers prompts
+from_pretrained(model, …)  → an ordinary transformers model, placed by a plan
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 """Called with ("download" or "load", bytes done, bytes in all)."""
 
 
-def plan(
+def plan(  # noqa: PLR0913 - one keyword an option of the command line
     model: str | Path,
     *,
     gpus: str | None = None,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from oomproof.errors import HardwareError
+from oomproof.hardware import catalog_data
 from oomproof.hardware.catalog import (
     Accelerator,
     accelerators,
@@ -20,6 +21,13 @@ def test_the_catalog_has_at_least_48_accelerators_with_unique_keys() -> None:
     keys = [one.key for one in accelerators()]
     assert len(keys) >= 48
     assert len(set(keys)) == len(keys)
+
+
+def test_remarks_are_about_entries_that_exist() -> None:
+    keys = {one.key for one in accelerators()}
+    assert catalog_data.REPORTED_FREE <= keys
+    assert catalog_data.UNIFIED <= keys
+    assert catalog_data.FURTHER_SPELLINGS.keys() <= keys
 
 
 @EVERY

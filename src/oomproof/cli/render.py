@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from oomproof.memory.terms import DeviceTerms
@@ -18,6 +19,7 @@ from oomproof.planning.plan import DevicePlan, Plan
 from oomproof.units import format_bytes, format_parameters
 
 if TYPE_CHECKING:
+    from oomproof.doctor.checks import Verdict
     from oomproof.engine.model import Model, Stream
 
 _TERMS = tuple(field.name for field in fields(DeviceTerms))
@@ -109,7 +111,7 @@ def _print_facts(console: Console, plan: Plan) -> None:
         prefill = "" if speed.prefill is None else f", prompts at {speed.prefill:,.0f}"
         console.print(f"speed      about {speed.decode:,.3g} tokens/s{prefill} (predicted)")
     for reason in plan.reasons:
-        console.print(f"· {reason}")
+        console.print(f"· {escape(reason)}")
 
 
 def _alternatives_table(plan: Plan) -> Table:
@@ -237,3 +239,19 @@ def answer_as_json(model: Model, stream: Stream) -> str:
         },
         indent=2,
     )
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """The doctor's findings as a table, remedies below their findings."""
+    marks = {"ok": "[green]ok[/green]", "limited": "[yellow]limited[/yellow]"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("capability", "", "finding"):
+        table.add_column(column)
+    for verdict in verdicts:
+        missing = "[red]missing[/red]" if verdict.required else "[yellow]no[/yellow]"
+        finding = verdict.detail
+        if verdict.remedy is not None:
+            finding += f"\n→ {verdict.remedy}"
+        mark = marks.get(verdict.status, missing)
+        table.add_row(verdict.capability, mark, escape(finding))
+    _stdout().print(table)

@@ -13,7 +13,6 @@ from oomproof.engine.model import Message
 from oomproof.errors import CheckpointError, RequestError
 
 
-
 class TransformersTokenizer:
     """A model's tokenizer, with its chat template; implements `engine.model.Tokenizer`.
 

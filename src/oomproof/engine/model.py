@@ -162,9 +162,7 @@ class Model:
             id=str(next(self._ids)),
             prompt_tokens=tokens,
             max_new_tokens=max_new_tokens,
-            sampling=SamplingOptions(
-                temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-            ),
+            sampling=SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
             stop_tokens=self.tokenizer.stop_tokens,
         )
         self._engine.submit(request)

@@ -59,7 +59,7 @@ class Accelerator:
     free_bytes: int
     """Memory that a process can allocate on an idle card, before a context of its own."""
     free_is_estimate: bool = False
-    """Whether free_bytes is a cautious guess and not a documented figure."""
+    """Whether free_bytes was derived from similar cards and not held against a report."""
     bandwidth_bytes_per_s: float
     """Peak memory bandwidth by the datasheet."""
     flops_per_s: float | None
@@ -164,7 +164,7 @@ def _discrete() -> Iterator[Accelerator]:
                 label_gb=label_gb,
                 total_bytes=total_mib * MIB,
                 free_bytes=free_mib * MIB,
-                free_is_estimate=key in table.ESTIMATED_FREE,
+                free_is_estimate=key not in table.REPORTED_FREE,
                 bandwidth_bytes_per_s=gb_per_s * 1e9,
                 flops_per_s=tflops * 1e12,
                 unified_memory=key in table.UNIFIED,

@@ -5,9 +5,9 @@ nvidia-smi (rocm-smi, macOS) reports, MiB that CUDA shows free on an idle card, 
 in GB/s, dense 16-bit matrix TFLOP/s with fp32 accumulation and without sparsity.
 
 The fifth column is what a process can allocate before a context of its own: a driver keeps 300 to
-900 MiB of a card to itself, newer ones more. The figures are the totals that CUDA reported on such
-cards under the drivers that keep most, rounded down; those of ESTIMATED_FREE are guesses. ECC is
-on or off as the card is shipped: turning it on takes 1/16 of a card with GDDR memory.
+900 MiB of a card to itself, newer ones more. The cards in REPORTED_FREE stay at or below a total
+that CUDA reported on such a card; the others are estimates that wait for a measurement. Data-center cards have ECC on, workstation cards off: turning it
+on takes 1/16 of a card with GDDR memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from oomproof.hardware.spec import DeviceKind
 Row = tuple[str, str, int, int, int, float, float]
 Group = tuple[DeviceKind, str, tuple[int, int] | None, str, tuple[Row, ...]]
 
-ESTIMATED_FREE = frozenset(
-    ("B300", "GB200", "GB300", "GB10", "A16", "A2", "H200 NVL", "RTX 5090 Laptop", "RTX 4500 Ada")
+REPORTED_FREE = frozenset(
+    (
+        "A100-80GB",  # 81,050 MiB
+        "B200",  # 178.35 GiB
+        "RTX 3070",  # 7.78 GiB
+        "RTX 3080 10GB",  # 9.78 GiB
+        "RTX 4090",  # 23.61 to 23.68 GiB
+        "RTX 5060 Ti 16GB",  # 15,816 MiB
+        "RTX 5090",  # 31.36 GiB
+    )
 )
-"""Entries whose free memory is a cautious guess from cards of the same generation."""
+"""Entries whose free memory was held against a public report of what CUDA shows."""
 
 UNIFIED = frozenset(("GB10",))
 """Non-Apple entries that share their memory with the processor."""

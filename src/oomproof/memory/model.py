@@ -2,7 +2,7 @@
 
 A model is a row of units, and a device holds a contiguous range of them:
 
-    unit 0            token embedding
+    unit 0            token embedding (and a vision tower, where there is one)
     unit 1 … L        decoder layers 0 … L-1
     unit L+1          final norm and lm_head
 
@@ -154,7 +154,10 @@ def unit_of(tensor: TensorSpec, spec: ModelSpec) -> int:
     """The unit a tensor belongs to."""
     if tensor.layer is not None:
         return tensor.layer + 1
-    return 0 if tensor.role is Role.EMBEDDING else spec.num_hidden_layers + 1
+    in_decoder = tensor.name.startswith((spec.decoder_prefix + ".", "lm_head."))
+    if tensor.role is Role.EMBEDDING or not in_decoder:
+        return 0
+    return spec.num_hidden_layers + 1
 
 
 def _units(

@@ -550,9 +550,9 @@ class _Hub:
                 remedy=f"see {self.endpoint}/{repo}/tree/main",
             ) from error
         except errors.LocalEntryNotFoundError as error:  # neither in the cache nor to be had
-            cause = error.__cause__
-            refused = isinstance(cause, errors.HfHubHTTPError)
-            raise (self._refused(repo, cause) if refused else self._failed(error)) from error
+            if isinstance(error.__cause__, errors.HfHubHTTPError):
+                raise self._refused(repo, error.__cause__) from error
+            raise self._failed(error) from error
         except errors.HfHubHTTPError as error:
             raise self._refused(repo, error) from error
         except UnicodeEncodeError as error:

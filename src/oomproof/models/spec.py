@@ -135,6 +135,20 @@ class ModelSpec:
     """Whether attention scores are soft-capped (Gemma 2), which fused kernels cannot do."""
 
     @cached_property
+    def decoder_prefix(self) -> str:
+        """Name of the module that holds embedding, layers and norm: mostly "model"."""
+        embedding = next(t for t in self.tensors if t.role is Role.EMBEDDING)
+        return embedding.name.rsplit(".", 2)[0]
+
+    @cached_property
+    def extra_modules(self) -> tuple[str, ...]:
+        """Modules beside the decoder and its head, such as a vision tower."""
+        decoder = self.decoder_prefix + "."
+        names = (t.name for t in self.tensors if t.role is not Role.HEAD)
+        outside = (name for name in names if not name.startswith((decoder, "lm_head.")))
+        return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in outside))
+
+    @cached_property
     def num_parameters(self) -> int:
         """Exact number of parameters, tied weights once."""
         return sum(tensor.numel for tensor in self.tensors)

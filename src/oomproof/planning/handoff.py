@@ -21,17 +21,20 @@ def device_map(plan: Plan) -> dict[str, int | str]:
     used = plan.devices_in_use
     if len(used) == 1:
         return {"": target(used[0])}
+    prefix = plan.decoder_prefix
     placed: dict[str, int | str] = {}
     for device in used:
         if device.holds_embedding:
-            placed["model.embed_tokens"] = target(device)
-            placed["model.rotary_emb"] = target(device)
+            for module in ("embed_tokens", "rotary_emb"):
+                placed[f"{prefix}.{module}"] = target(device)
+            for module in plan.extra_modules:
+                placed[module] = target(device)
     for device in used:
         if device.layers is not None:
             first, last = device.layers
             for layer in range(first, last + 1):
-                placed[f"model.layers.{layer}"] = target(device)
-    placed["model.norm"] = target(used[-1])
+                placed[f"{prefix}.layers.{layer}"] = target(device)
+    placed[f"{prefix}.norm"] = target(used[-1])
     placed["lm_head"] = next(target(device) for device in used if device.holds_head)
     return placed
 

@@ -110,6 +110,11 @@ class Plan:
     cap_bytes: int | None = None
     """Most bytes of each device, enforced while running."""
     prefill_chunk_tokens: int
+    """A prompt is processed this many tokens at a time."""
+    decoder_prefix: str = "model"
+    """Name of the module that holds embedding, layers and norm."""
+    extra_modules: tuple[str, ...] = ()
+    """Modules beside the decoder, held where the embedding is."""
     schema: int = SCHEMA
 
     @property

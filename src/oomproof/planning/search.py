@@ -257,6 +257,8 @@ class _Planner:
             reasons=tuple(self._reasons(chosen, candidates, max_context)),
             cap_bytes=self.request.cap_bytes,
             prefill_chunk_tokens=self.profiles[0].prefill_chunk_tokens,
+            decoder_prefix=spec.decoder_prefix,
+            extra_modules=spec.extra_modules,
         )
 
     def _device_plan(self, candidate: Candidate, slot: Slot) -> DevicePlan:

@@ -64,6 +64,7 @@ DENSE = (
         mlp=gated_mlp(),
         slides=always_slides,
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        requires=("head_dim",),
     ),
     Family(
         name="qwen2",

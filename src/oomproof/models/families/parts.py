@@ -53,6 +53,10 @@ def norms(*names: str, bias: bool = False) -> Parts:
     return tuple(part for name in names for part in norm(name, "hidden", bias=bias))
 
 
+PRE_NORMS = norms("input_layernorm", "post_attention_layernorm")
+"""The norms of most families: before attention, and (in spite of its name) before the MLP."""
+
+
 def attention(*, bias: Switch = False, output_bias: Switch = False, extra: Parts = ()) -> Parts:
     """Separate query, key and value projections; `extra` follows the output projection."""
     return (
@@ -163,7 +167,7 @@ class Family:
     """The dense block; empty where every layer is a mixture of experts."""
     experts: Parts = ()
     """The mixture-of-experts block; empty in dense families."""
-    norms: Parts = norms("input_layernorm", "post_attention_layernorm")
+    norms: Parts = PRE_NORMS
     final_norm_bias: bool = False
     slides: SlidingRule = never_slides
     defaults: Mapping[str, object] = field(default_factory=dict)

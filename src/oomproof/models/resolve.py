@@ -1,0 +1,130 @@
+"""From the name that a user gives to a ModelSpec: bundled, folder, catalog or hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oomproof.errors import CheckpointError, ModelNotFoundError
+from oomproof.models.architectures import build_spec
+from oomproof.models.catalog import find, suggest
+from oomproof.models.config import read_config
+from oomproof.models.spec import CheckpointSpec, ModelSource, ModelSpec
+
+BUNDLED = "tiny"
+"""Name of the model that the package ships."""
+
+
+def bundled_folder() -> Path:
+    """Where the bundled model's files are."""
+    return Path(__file__).parent / "bundled" / BUNDLED
+
+
+def resolve(name: str, *, revision: str | None = None) -> ModelSpec:
+    """The model of that name; no weight is read, and the catalog and folders need no network.
+
+    The order is: `tiny`, a folder, a name of the catalog (its hub id answers too, unless a
+    revision is asked for), a hub id.
+
+    Raises:
+        ModelNotFoundError: Nothing answers to the name.
+        ConfigError: Its config.json is wrong.
+        CheckpointError: Its files are damaged, missing or unsafe.
+    """
+    if name == BUNDLED:
+        return _from_folder(bundled_folder(), id=BUNDLED)
+    path = Path(name).expanduser()
+    if path.exists() or _is_path(name):
+        return _from_folder(path, id=name)
+    entry = find(name)
+    if entry is not None and revision is None:
+        return entry.spec(id=name)
+    return _from_hub(name, revision=revision)
+
+
+def with_checkpoint(spec: ModelSpec) -> ModelSpec:
+    """The same model with the headers of its files, ready to be loaded.
+
+    Raises:
+        ModelNotFoundError: The hub does not have it.
+        CheckpointError: It has no safetensors files, or they are not this model's.
+    """
+    if spec.checkpoint is None and spec.source.kind == "catalog":
+        spec = _from_hub(spec.source.path, revision=spec.source.revision)
+    if spec.checkpoint is None:
+        raise CheckpointError(
+            spec.source.path,
+            "holds no safetensors weights",
+            remedy="give a folder or repository with model.safetensors",
+        )
+    return spec
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _from_folder(path: Path, *, id: str) -> ModelSpec:  # noqa: A002
+    from oomproof.models.folder import read_folder
+
+    contents = read_folder(path)
+    spec = build_spec(
+        read_config(contents.config, file=contents.config_file),
+        id=id,
+        source=ModelSource(kind="folder", path=str(path)),
+        file=contents.config_file,
+        checkpoint=contents.checkpoint,
+    )
+    if contents.checkpoint is not None:
+        check_tensors(spec, contents.checkpoint, location=str(path))
+    return spec
+
+
+def _from_hub(name: str, *, revision: str | None) -> ModelSpec:
+    from oomproof.models.hub import is_hub_id, read_hub
+
+    close = suggest(name)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see docs/models.md for the names"
+    if not is_hub_id(name) or "/" not in name:
+        raise ModelNotFoundError(
+            f"{name!r} is no folder here, no hub id (org/name), and not in the catalog", remedy=hint
+        )
+    contents = read_hub(name, revision=revision)
+    spec = build_spec(
+        read_config(contents.config, file=contents.config_location),
+        id=name,
+        source=ModelSource(kind="hub", path=contents.repo, revision=contents.commit),
+        file=contents.config_location,
+        checkpoint=contents.checkpoint,
+    )
+    if contents.checkpoint is not None:
+        check_tensors(spec, contents.checkpoint, location=contents.config_location)
+    return spec
+
+
+def check_tensors(spec: ModelSpec, checkpoint: CheckpointSpec, *, location: str) -> None:
+    """Compares the checkpoint's tensors with what the config describes.
+
+    Mixtures of experts and models with a vision tower are published under other names than
+    transformers gives them; theirs are compared while loading.
+
+    Raises:
+        CheckpointError: A tensor is missing or has another shape.
+    """
+    if spec.num_experts or spec.checkpoint_quantization or spec.decoder_prefix != "model":
+        return
+    found = {tensor.name: tensor for tensor in checkpoint.tensors}
+    for tensor in spec.tensors:
+        stored = found.get(tensor.name)
+        if stored is None:
+            raise CheckpointError(
+                location,
+                f"config.json describes {tensor.name!r}, which the weights lack",
+                remedy="config and weights do not belong together; download both again",
+            )
+        if stored.shape != tensor.shape:
+            raise CheckpointError(
+                stored.file,
+                f"{tensor.name!r} has shape {list(stored.shape)}, "
+                f"config.json describes {list(tensor.shape)}",
+                remedy="config and weights do not belong together; download both again",
+            )
