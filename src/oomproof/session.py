@@ -114,7 +114,7 @@ def load(
     folder = _fetch(contract.spec, progress)
     from oomproof.compat.engine import TransformersEngine
     from oomproof.compat.measure import MemoryMeter
-    from oomproof.compat.model import load_model
+    from oomproof.compat.model import import_libraries, load_model
     from oomproof.compat.tokenizer import TransformersTokenizer, eos_token_ids
     from oomproof.engine.model import Model
     from oomproof.loading.devices import prepare_devices
@@ -123,6 +123,7 @@ def load(
         folder, eos_token_ids=eos_token_ids(folder), trust_remote_code=trust_remote_code
     )
     prepare_devices(contract.plan, contract.hardware)
+    import_libraries(contract.plan, contract.spec)
     meter = MemoryMeter(contract.plan, contract.hardware)
     loaded = load_model(
         contract.plan,

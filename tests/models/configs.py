@@ -99,9 +99,7 @@ SMALL_CONFIGS: dict[str, dict[str, object]] = {
     "smollm3": small("SmolLM3ForCausalLM", "smollm3"),
     "glm4": small("Glm4ForCausalLM", "glm4"),
     "seed-oss": small("SeedOssForCausalLM", "seed_oss"),
-    "mixtral": small(
-        "MixtralForCausalLM", "mixtral", num_local_experts=6, num_experts_per_tok=2
-    ),
+    "mixtral": small("MixtralForCausalLM", "mixtral", num_local_experts=6, num_experts_per_tok=2),
     "qwen2-moe": small(
         "Qwen2MoeForCausalLM",
         "qwen2_moe",
@@ -138,9 +136,7 @@ SMALL_CONFIGS: dict[str, dict[str, object]] = {
         use_sliding_window=True,
     ),
     "olmoe": small("OlmoeForCausalLM", "olmoe", **_EXPERTS),
-    "gpt-oss": small(
-        "GptOssForCausalLM", "gpt_oss", num_local_experts=6, num_experts_per_tok=2
-    ),
+    "gpt-oss": small("GptOssForCausalLM", "gpt_oss", num_local_experts=6, num_experts_per_tok=2),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,13 @@ def load_model(
     return model
 
 
+def import_libraries(plan: Plan, spec: ModelSpec) -> None:
+    """Imports what loading will use, so that its own memory is not taken for the model's."""
+    getattr(transformers, spec.architecture)
+    if quantization_settings(plan) is not None:
+        import bitsandbytes  # noqa: F401
+
+
 def _without_ignored(checkpoint: CheckpointSpec) -> CheckpointSpec:
     kept = tuple(t for t in checkpoint.tensors if not t.name.endswith(_IGNORED_SUFFIXES))
     return CheckpointSpec(tensors=kept, files=checkpoint.files)
@@ -114,3 +122,4 @@ def _quiet_transformers() -> None:
     """Leaves progress and warnings to us."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

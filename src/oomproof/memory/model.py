@@ -212,6 +212,8 @@ def _staging_bytes(
         # Experts arrive one by one, are stacked, then concatenated: two copies beside the result.
         return 2 * source
     if held.quantized:
+        eight_bits = held.dtype is DType.INT8
+        per_weight = profile.scratch_bytes_8bit if eight_bits else profile.scratch_bytes_4bit
         absmax_copies = 3 * (tensor.numel // 64) * DType.FLOAT32.itemsize
-        return int(profile.staging_copies * source) + absmax_copies
+        return source + int(per_weight * tensor.numel) + absmax_copies
     return source if spec.dtype is not held.dtype else 0

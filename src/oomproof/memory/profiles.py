@@ -42,8 +42,10 @@ class EngineProfile:
     """Whether a product with a quantized weight first writes a 16-bit copy of it."""
     repacks_4bit: bool
     """Whether 4-bit weights are rewritten at the first forward (CPU with AVX-512 bf16)."""
-    staging_copies: float
-    """Source-precision copies of a quantized tensor alive at once on the device while loading."""
+    scratch_bytes_4bit: float
+    """Bytes a weight that quantizing to 4 bits needs on the device, besides source and result."""
+    scratch_bytes_8bit: float
+    """The same for 8 bits."""
     pinned_bytes: int
     """Page-locked host buffers while loading."""
     host_runtime_bytes: int
@@ -94,7 +96,9 @@ def transformers_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:
         expands_kv_heads=True,
         dequantizes_to_scratch=True,
         repacks_4bit=False,
-        staging_copies=1.0,
+        scratch_bytes_4bit=0.0,
+        # bitsandbytes quantizes a float16 copy (Int8Params._quantize).
+        scratch_bytes_8bit=2.0,
         pinned_bytes=128 * MIB,
         host_runtime_bytes=2048 * MIB,
         margin_bytes=256 * MIB,
@@ -111,12 +115,14 @@ def _transformers_cpu(host: HostSpec) -> EngineProfile:
         quantized_roles=QUANTIZED_ROLES["transformers"],
         alignment_bytes=64,
         context_bytes=0,
-        library_workspace_bytes=16 * MIB,
+        library_workspace_bytes=96 * MIB,
         prefill_chunk_tokens=256,
         expands_kv_heads=True,
         dequantizes_to_scratch="avx512_bf16" not in host.cpu_features,
         repacks_4bit="avx512_bf16" in host.cpu_features,
-        staging_copies=1.0,
+        # bitsandbytes' plain-torch kernel: float32 copy, scaled copy, int32 (fp4: int64) codes.
+        scratch_bytes_4bit=20.0,
+        scratch_bytes_8bit=14.0,
         pinned_bytes=0,
         host_runtime_bytes=1024 * MIB,
         margin_bytes=64 * MIB,

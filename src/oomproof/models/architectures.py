@@ -34,6 +34,9 @@ from oomproof.models.spec import (
 MAX_PARAMETERS = 10**13
 """More than any model has; a config.json that describes more is broken or hostile."""
 
+_Shape = tuple[str, tuple[int, ...], Role]
+"""A part of a layer, in numbers: its name below the layer, its shape, its role."""
+
 
 @cache
 def families() -> Mapping[str, Family]:
@@ -120,6 +123,11 @@ def build_spec(
         reader.fail("num_experts", f"0 is not possible for {family.architecture}")
     tied = whole.boolean("tie_word_embeddings")
     vision = family.vision(whole, decoder) if family.vision else ()
+    parameters = _decoder_parameters(family, decoder, tied=tied) + sum(t.numel for t in vision)
+    if parameters > MAX_PARAMETERS:
+        raise ConfigError(
+            file, f"describes {parameters:,} parameters, the bound is {MAX_PARAMETERS:,}"
+        )
     return ModelSpec(
         id=id,
         source=source,
@@ -134,7 +142,7 @@ def build_spec(
         tie_word_embeddings=tied,
         dtype=read_dtype(whole if whole.value("dtype") is not None else reader),
         attention=_attention(family, decoder),
-        tensors=(*vision, *_decoder_tensors(family, decoder, tied=tied, file=file)),
+        tensors=(*vision, *_decoder_tensors(family, decoder, tied=tied)),
         checkpoint=checkpoint,
         checkpoint_quantization=read_quantization(whole),
         num_experts=decoder.num_experts if family.experts else 0,
@@ -179,32 +187,31 @@ def _attention(family: Family, config: DecoderConfig) -> tuple[AttentionSpec, ..
     )
 
 
-def _decoder_tensors(
-    family: Family, config: DecoderConfig, *, tied: bool, file: str
-) -> Iterator[TensorSpec]:
-    """The decoder's tensors in the order of the state dict.
-
-    Raises:
-        ConfigError: They have more than MAX_PARAMETERS elements; found before they are listed.
-    """
-    sparse = [_is_sparse(family, config, layer) for layer in range(config.num_hidden_layers)]
-    blocks = {
-        False: _shapes((*family.attention, *family.mlp, *family.norms), config),
-        True: _shapes((*family.attention, *family.experts, *family.norms), config),
-    }
-    vocabulary = (config.vocab_size, config.hidden_size)
-    parameters = prod(vocabulary) * (1 if tied else 2) + sum(
-        sparse.count(kind) * prod(shape) for kind, block in blocks.items() for _, shape, _ in block
+def _decoder_parameters(family: Family, config: DecoderConfig, *, tied: bool) -> int:
+    """Number of the decoder's parameters (without its last norm), before they are listed."""
+    vocabulary = config.vocab_size * config.hidden_size
+    return vocabulary * (1 if tied else 2) + sum(
+        sum(prod(shape) for _, shape, _ in block) for block in _layers(family, config)
     )
-    if parameters > MAX_PARAMETERS:
-        raise ConfigError(
-            file, f"describes {parameters:,} parameters, the bound is {MAX_PARAMETERS:,}"
-        )
 
+
+def _layers(family: Family, config: DecoderConfig) -> list[list[_Shape]]:
+    """The parts of each layer."""
+    dense = _shapes((*family.attention, *family.mlp, *family.norms), config)
+    sparse = _shapes((*family.attention, *family.experts, *family.norms), config)
+    return [
+        sparse if _is_sparse(family, config, layer) else dense
+        for layer in range(config.num_hidden_layers)
+    ]
+
+
+def _decoder_tensors(family: Family, config: DecoderConfig, *, tied: bool) -> Iterator[TensorSpec]:
+    """The decoder's tensors in the order of the state dict."""
+    vocabulary = (config.vocab_size, config.hidden_size)
     prefix = family.decoder
     yield TensorSpec(name=f"{prefix}.embed_tokens.weight", shape=vocabulary, role=Role.EMBEDDING)
-    for layer, kind in enumerate(sparse):
-        for name, shape, role in blocks[kind]:
+    for layer, block in enumerate(_layers(family, config)):
+        for name, shape, role in block:
             yield TensorSpec(
                 name=f"{prefix}.layers.{layer}.{name}", shape=shape, role=role, layer=layer
             )
@@ -214,7 +221,7 @@ def _decoder_tensors(
         yield TensorSpec(name="lm_head.weight", shape=vocabulary, role=Role.HEAD)
 
 
-def _shapes(parts: Parts, config: DecoderConfig) -> list[tuple[str, tuple[int, ...], Role]]:
+def _shapes(parts: Parts, config: DecoderConfig) -> list[_Shape]:
     """The parts that this config has, with numbers for the names of their dimensions."""
     sizes = dimensions(config)
     return [

@@ -375,10 +375,11 @@ def read_dtype(reader: ConfigReader) -> DType:
     name = reader.text("dtype")
     if name is None:
         return DType.FLOAT32
-    try:
-        return DType(name.removeprefix("torch."))
-    except ValueError:
-        reader.fail("dtype", f"{shown(name)} is not an element type")
+    known = {dtype.value: dtype for dtype in DType if "float" in dtype}
+    dtype = known.get(name.removeprefix("torch."))
+    if dtype is None:
+        reader.fail("dtype", f"{shown(name)} is not one of {', '.join(known)}")
+    return dtype
 
 
 def read_quantization(reader: ConfigReader) -> str | None:

@@ -35,7 +35,10 @@ def vision_tensors(reader: ConfigReader, text: DecoderConfig) -> tuple[TensorSpe
     hidden = vision.required("hidden_size")
     width = vision.required("intermediate_size")
     patch = vision.required("patch_size")
-    positions = (vision.required("image_size") // patch) ** 2
+    image = vision.required("image_size")
+    if patch > image:
+        vision.fail("patch_size", f"{patch} is more than image_size {image}")
+    positions = (image // patch) ** 2
     tower = "model.vision_tower"
 
     def tensors() -> Iterator[TensorSpec]:
