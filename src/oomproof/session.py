@@ -115,12 +115,13 @@ def load(
     from oomproof.compat.engine import TransformersEngine
     from oomproof.compat.measure import MemoryMeter
     from oomproof.compat.model import import_libraries, load_model
-    from oomproof.compat.tokenizer import TransformersTokenizer, eos_token_ids
+    from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
     from oomproof.engine.model import Model
     from oomproof.loading.devices import prepare_devices
 
+    defaults = read_generation_defaults(folder)
     tokenizer = TransformersTokenizer(
-        folder, eos_token_ids=eos_token_ids(folder), trust_remote_code=trust_remote_code
+        folder, defaults=defaults, trust_remote_code=trust_remote_code
     )
     prepare_devices(contract.plan, contract.hardware)
     import_libraries(contract.plan, contract.spec)
@@ -133,7 +134,7 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     engine = TransformersEngine(loaded, contract.plan, contract.spec, meter)
-    return Model(engine, tokenizer, contract.plan)
+    return Model(engine, tokenizer, contract.plan, defaults)
 
 
 def from_pretrained(
@@ -242,7 +243,7 @@ def _fetch(spec: ModelSpec, progress: Progress | None) -> Path:
 
     return download(
         spec.source.path,
-        spec.source.revision,
+        spec.source.revision or "main",
         progress=_of_stage(progress, "download"),
     )
 

@@ -21,9 +21,9 @@ Ctrl-C stops the answer that is on its way."""
 def chat(
     model: options.Model,
     max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = 1.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
     seed: options.Seed = None,
     format: options.Format = "auto",
     kv_format: options.KVFormat = "auto",
@@ -44,9 +44,8 @@ def chat(
         print_plan_line,
         say,
     )
-    from oomproof.engine.messages import SamplingOptions
 
-    SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    options.check_sampling(temperature, top_k, top_p, seed)
     session.require_run_packages()
     made = session.plan(
         model,

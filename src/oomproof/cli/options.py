@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from oomproof.engine.messages import SamplingOptions
 from oomproof.errors import InputError
 
 Model = Annotated[
@@ -57,17 +58,37 @@ MaxNewTokens = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float, typer.Option("--temperature", help="0 takes the most likely token each time.")
+    float | None,
+    typer.Option(
+        "--temperature",
+        help="0 takes the most likely token each time. [default: the model's own, or 1]",
+        show_default=False,
+    ),
 ]
-TopK = Annotated[int, typer.Option("--top-k", help="Draw from the K most likely; 0 for all.")]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Draw from the K most likely; 0 for all.")
+]
 TopP = Annotated[
-    float, typer.Option("--top-p", help="Draw from the most likely that hold this probability.")
+    float | None,
+    typer.Option("--top-p", help="Draw from the most likely that hold this probability."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes the answer repeatable.")]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let transformers run code the model ships."),
 ]
+
+
+def check_sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+) -> None:
+    """Refuses sampling options out of bounds, before anything is loaded.
+
+    Raises:
+        RequestError: One of them is.
+    """
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    SamplingOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def parse_max_memory(values: list[str] | None) -> dict[int, int | str]:

@@ -28,9 +28,9 @@ def run(
     raw: Raw = False,
     memory: Memory = False,
     max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = 1.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
     seed: options.Seed = None,
     format: options.Format = "auto",
     kv_format: options.KVFormat = "auto",
@@ -52,11 +52,10 @@ def run(
         print_plan_line,
         print_speed,
     )
-    from oomproof.engine.messages import SamplingOptions
 
     text = _read_prompt(prompt)
     # Wrong options are told before anything is loaded.
-    SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    options.check_sampling(temperature, top_k, top_p, seed)
     session.require_run_packages()
     made = session.plan(
         model,

@@ -66,6 +66,7 @@ class TransformersEngine:
             for layer in cache.layers
             for tensor in (layer.keys, layer.values)
         )
+        _reserve_workspace(plan)
         self._waiting: deque[Request] = deque()
         self._active: list[_Active] = []
         self._cancelled: set[str] = set()
@@ -197,6 +198,17 @@ def _finished(request: Request, reason: FinishReason, *, new_tokens: int) -> Fin
         prompt_tokens=len(request.prompt_tokens),
         new_tokens=new_tokens,
     )
+
+
+def _reserve_workspace(plan: Plan) -> None:
+    """Takes the planned workspace once, so that everything later is carved from that one block.
+
+    Without it the allocator grows block by block, and what it reserves passes what is in use.
+    """
+    for device in plan.devices_in_use:
+        if device.kind == "cuda":
+            workspace = device.terms.workspace - device.fragmentation_bytes
+            torch.empty(workspace, dtype=torch.uint8, device=torch.device("cuda", device.index))
 
 
 def _allocate_cache(model: Any, plan: Plan, spec: ModelSpec) -> Any:

@@ -18,7 +18,7 @@ from oomproof.planning.plan import Plan
 class MemoryMeter:
     """Measures each device of a plan, from before the model is loaded.
 
-    On a GPU, weights and cache are what torch's allocator handed out for them, workspace and
+    On a GPU, weights and cache are the bytes that torch's allocator was asked for, workspace and
     staging are the high-water mark of what it reserved above them, and the context is what the
     driver lost besides. On the CPU, weights and cache are counted tensor by tensor, and workspace
     and staging are the process's peak of resident memory above them and its size before loading.
@@ -70,20 +70,21 @@ class _CudaMeter:
         self._device = device
         self._free_before = free_bytes
         torch.cuda.reset_peak_memory_stats(device)
-        self._allocated_before = torch.cuda.memory_allocated(device)
+        self._requested_before = _requested_bytes(device)
+        self._reserved_before = torch.cuda.memory_reserved(device)
         self._weights = self._cache = self._staging = 0
 
     def weights_loaded(self, model: torch.nn.Module) -> None:  # noqa: ARG002
         torch.cuda.synchronize(self._device)
-        self._weights = torch.cuda.memory_allocated(self._device) - self._allocated_before
-        peak = torch.cuda.max_memory_reserved(self._device) - self._allocated_before
+        self._weights = _requested_bytes(self._device) - self._requested_before
+        peak = torch.cuda.max_memory_reserved(self._device) - self._reserved_before
         self._staging = max(0, peak - self._weights)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def cache_allocated(self, tensors: tuple[torch.Tensor, ...]) -> None:  # noqa: ARG002
-        allocated = torch.cuda.memory_allocated(self._device) - self._allocated_before
-        self._cache = allocated - self._weights
+        requested = _requested_bytes(self._device) - self._requested_before
+        self._cache = requested - self._weights
 
     def sample(self) -> None:
         """The allocator keeps its own high-water mark."""
@@ -91,7 +92,7 @@ class _CudaMeter:
     def terms(self) -> DeviceTerms:
         free, _ = torch.cuda.mem_get_info(self._device)
         outside = self._free_before - free - torch.cuda.memory_reserved(self._device)
-        peak = torch.cuda.max_memory_reserved(self._device) - self._allocated_before
+        peak = torch.cuda.max_memory_reserved(self._device) - self._reserved_before
         return DeviceTerms(
             cuda_context=max(0, outside),
             weights=self._weights,
@@ -99,6 +100,11 @@ class _CudaMeter:
             workspace=max(0, peak - self._weights - self._cache),
             staging=self._staging,
         )
+
+
+def _requested_bytes(device: torch.device) -> int:
+    """Bytes that live tensors asked for, before the allocator rounded them."""
+    return int(torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0))
 
 
 class _CpuMeter:

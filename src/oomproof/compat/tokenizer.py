@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from oomproof.engine.model import Message
+from oomproof.engine.model import GenerationDefaults, Message
 from oomproof.errors import CheckpointError, RequestError
 
 
@@ -18,7 +17,7 @@ class TransformersTokenizer:
 
     Args:
         folder: Where the tokenizer's files are.
-        eos_token_ids: Further tokens that end an answer, from the generation config.
+        defaults: What the folder's generation_config.json sets.
         trust_remote_code: Lets transformers run code that the folder ships.
 
     Raises:
@@ -29,7 +28,7 @@ class TransformersTokenizer:
         self,
         folder: Path,
         *,
-        eos_token_ids: Sequence[int] = (),
+        defaults: GenerationDefaults,
         trust_remote_code: bool = False,
     ) -> None:
         try:
@@ -42,7 +41,7 @@ class TransformersTokenizer:
         own = self._tokenizer.eos_token_id
         self.has_chat_template = bool(self._tokenizer.chat_template)
         """Whether the model knows turns of a conversation."""
-        self.stop_tokens = frozenset([*eos_token_ids, *([] if own is None else [own])])
+        self.stop_tokens = defaults.stop_tokens | (frozenset() if own is None else {own})
         """Tokens that end an answer."""
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -72,21 +71,20 @@ class TransformersTokenizer:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Tokens that end an answer, from the folder's generation_config.json where there is one.
+def read_generation_defaults(folder: Path) -> GenerationDefaults:
+    """What the folder's generation_config.json sets; nothing where there is none.
 
     Raises:
         CheckpointError: The file is not what it should be.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     path = folder / "generation_config.json"
     if not path.is_file():
-        return ()
+        return GenerationDefaults()
     try:
-        configured = json.loads(path.read_bytes()).get("eos_token_id")
-    except (ValueError, AttributeError):
-        raise CheckpointError(str(path), "is not a JSON object") from None
-    ids = configured if isinstance(configured, list) else [configured]
-    found = tuple(token for token in ids if token is not None)
-    if not all(isinstance(token, int) and token >= 0 for token in found):
-        raise CheckpointError(str(path), f"eos_token_id {configured!r} is not a token")
-    return found
+        return TypeAdapter(GenerationDefaults).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise CheckpointError(str(path), f"field {field!r}: {first['msg']}") from None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, overload
+from typing import Any, Protocol, Self, TypeVar
 
 from oomproof.engine.messages import (
     Event,
@@ -32,6 +33,26 @@ Prompt = str | Sequence[Message]
 """A user's message, or a whole conversation."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """What a model's own generation_config.json sets; an option of a request goes first."""
+
+    eos_token_id: int | tuple[int, ...] | None = None
+    """Tokens that end an answer."""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, as a set."""
+        if self.eos_token_id is None:
+            return frozenset()
+        return frozenset(
+            (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+        )
+
+
 class Tokenizer(Protocol):
     """What a model's text side needs."""
 
@@ -46,6 +67,15 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
+
+
+T = TypeVar("T")
+
+
+def _first(asked: T | None, configured: T | None, otherwise: T) -> T:
+    if asked is not None:
+        return asked
+    return otherwise if configured is None else configured
 
 
 class Stream(Iterator[str]):
@@ -120,9 +150,17 @@ class Model:
         engine: Runs the requests.
         tokenizer: The model's text side.
         plan: The plan it was loaded by.
+        defaults: The model's own sampling options.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, plan: Plan) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        plan: Plan,
+        defaults: GenerationDefaults | None = None,
+    ) -> None:
+        self._defaults = defaults or GenerationDefaults()
         self._engine = engine
         self._streams: dict[str, Stream] = {}
         self._ids = itertools.count()
@@ -135,9 +173,9 @@ class Model:
         *,
         raw: bool = False,
         max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
     ) -> Stream:
         """Begins an answer.
@@ -146,9 +184,10 @@ class Model:
             prompt: A user's message, or the turns of a conversation.
             raw: Continue the text as it stands, without the model's chat template.
             max_new_tokens: Bound of the answer; None for 512, or what the context has room for.
-            temperature: 0 takes the most likely token each time.
-            top_k: Keep this many of the most likely tokens; 0 keeps all.
-            top_p: Keep the most likely tokens that hold this probability together.
+            temperature: 0 takes the most likely token each time; None for the model's own, or 1.
+            top_k: Keep this many of the most likely tokens; 0 keeps all; None for the model's own.
+            top_p: Keep the most likely tokens that hold this probability together; None for the
+                model's own, or 1.
             seed: Makes the answer repeatable.
 
         Raises:
@@ -162,7 +201,12 @@ class Model:
             id=str(next(self._ids)),
             prompt_tokens=tokens,
             max_new_tokens=max_new_tokens,
-            sampling=SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+            sampling=SamplingOptions(
+                temperature=_first(temperature, self._defaults.temperature, 1.0),
+                top_k=_first(top_k, self._defaults.top_k, 0),
+                top_p=_first(top_p, self._defaults.top_p, 1.0),
+                seed=seed,
+            ),
             stop_tokens=self.tokenizer.stop_tokens,
         )
         self._engine.submit(request)
@@ -170,24 +214,30 @@ class Model:
         self._streams[request.id] = stream
         return stream
 
-    @overload
-    def generate(self, prompt: str, **options: object) -> str: ...
-    @overload
-    def generate(self, prompt: Sequence[str], **options: object) -> list[str]: ...
-    def generate(self, prompt: str | Sequence[str], **options: object) -> str | list[str]:
-        """The whole answer to a prompt, or the answers to several, computed together.
+    def generate(self, prompt: Prompt, **options: Any) -> str:
+        """The whole answer to a prompt.
 
         Args:
-            prompt: One user's message, or a list of them.
+            prompt: A user's message, or the turns of a conversation.
             options: Those of `stream`.
 
         Raises:
             RequestError: An option out of bounds, or a prompt that cannot fit.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        streams = [self.stream(text, **options) for text in prompts]  # type: ignore[arg-type]
-        answers = ["".join(stream) for stream in streams]
-        return answers[0] if isinstance(prompt, str) else answers
+        return "".join(self.stream(prompt, **options))
+
+    def generate_all(self, prompts: Iterable[Prompt], **options: Any) -> list[str]:
+        """The answers to several prompts, as many at once as the plan's concurrency.
+
+        Args:
+            prompts: Each as for `generate`.
+            options: Those of `stream`, for all of them.
+
+        Raises:
+            RequestError: An option out of bounds, or a prompt that cannot fit.
+        """
+        streams = [self.stream(prompt, **options) for prompt in prompts]
+        return ["".join(stream) for stream in streams]
 
     def advance(self) -> None:
         """One step of the engine; its events go to their streams."""

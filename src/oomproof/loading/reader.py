@@ -7,6 +7,7 @@ and infinity on the device that received it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 
 class CheckpointReader:
-    """Hands out a checkpoint's tensors on demand, each read once.
+    """Hands out a checkpoint's tensors on demand, each read once; callable from several threads.
 
     Args:
         folder: Where the shards are.
@@ -55,6 +56,8 @@ class CheckpointReader:
         self._total_bytes = sum(tensor.size_bytes for tensor in checkpoint.tensors)
         self._read_bytes = 0
         self._extremes: list[tuple[CheckpointTensor, torch.Tensor]] = []
+        # transformers reads from a pool of threads; files and staging buffers serve one at a time.
+        self._lock = threading.Lock()
 
     @contextmanager
     def open(self) -> Iterator[dict[str, LazyTensor]]:
@@ -75,6 +78,10 @@ class CheckpointReader:
 
     def read(self, tensor: CheckpointTensor) -> torch.Tensor:
         """The tensor, on its device."""
+        with self._lock:
+            return self._read(tensor)
+
+    def _read(self, tensor: CheckpointTensor) -> torch.Tensor:
         device = self._device_of(tensor.name)
         dtype: torch.dtype = getattr(torch, tensor.dtype)
         result = torch.empty(tensor.shape, dtype=dtype, device=device)

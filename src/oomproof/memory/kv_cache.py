@@ -22,15 +22,20 @@ def planned_tokens(context: int) -> int:
 
 
 def layer_kv_bytes(
-    attention: AttentionSpec, *, context: int, concurrency: int, dtype: DType
+    attention: AttentionSpec,
+    *,
+    context: int,
+    concurrency: int,
+    dtype: DType,
+    overhead_bytes: int = 0,
 ) -> int:
     """Bytes of one layer's keys and values for `concurrency` requests of `context` tokens.
 
     Keys are [kv heads, tokens, head dim], values likewise; a sliding-window layer keeps no more
-    tokens than its window.
+    tokens than its window. `overhead_bytes` is what the engine keeps besides, for each request.
     """
     tokens = planned_tokens(context)
     if attention.sliding_window is not None:
         tokens = min(tokens, attention.sliding_window)
     per_token = attention.num_key_value_heads * (attention.key_head_dim + attention.value_head_dim)
-    return per_token * tokens * concurrency * dtype.itemsize
+    return concurrency * (per_token * tokens * dtype.itemsize + overhead_bytes)

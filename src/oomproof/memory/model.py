@@ -76,6 +76,7 @@ class MemoryModel:
                 context=demand.context,
                 concurrency=demand.concurrency,
                 dtype=demand.kv_dtype,
+                overhead_bytes=self.profile.kv_layer_overhead_bytes,
             )
         )
         unit_kv = [0, *(kv_bytes(attention) for attention in spec.attention), 0]
@@ -178,6 +179,8 @@ def _units(
     units: list[list[_Unit]] = [[] for _ in range(spec.num_hidden_layers + 2)]
     for tensor in spec.tensors:
         units[unit_of(tensor, spec)].append(cost(tensor.shape, tensor.role))
+    buffers = profile.buffer_bytes
+    units[0].append(_Unit(weights=buffers, traffic=0, staging=0, largest_linear=0))
     if spec.tie_word_embeddings:
         # The head's product reads the shared tensor, wherever it is placed.
         tied = next(t for t in spec.tensors if t.role is Role.EMBEDDING)

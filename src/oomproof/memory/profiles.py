@@ -12,7 +12,7 @@ from oomproof.errors import InputError
 from oomproof.hardware.catalog import architecture_of
 from oomproof.hardware.spec import DeviceSpec, HostSpec
 from oomproof.models.spec import Role
-from oomproof.units import MIB
+from oomproof.units import KIB, MIB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +34,12 @@ class EngineProfile:
     """CUDA context and modules, after the first answer."""
     library_workspace_bytes: int
     """What cuBLAS and its like allocate through torch, once."""
+    fragmentation_bytes: int
+    """What torch's allocator reserves and cannot hand out."""
+    buffer_bytes: int
+    """Buffers beside the parameters, such as rotary frequencies."""
+    kv_layer_overhead_bytes: int
+    """What each layer's cache of a request keeps besides keys and values."""
     prefill_chunk_tokens: int
     """A prompt is processed this many tokens at a time."""
     expands_kv_heads: bool
@@ -67,7 +73,8 @@ _CUDA_ALIGNMENT_BYTES = 512
 """torch's CUDA allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp)."""
 
 _CUDA_CONTEXT_BYTES = {
-    "hopper": 640 * MIB,
+    # 692 MiB with 4-bit weights, 756 with LLM.int8() (benchmarks/results/contract-h200.jsonl).
+    "hopper": 768 * MIB,
 }
 """GPU architecture → bytes outside torch's allocator after the first answer, where measured."""
 _UNMEASURED_CUDA_CONTEXT_BYTES = max(_CUDA_CONTEXT_BYTES.values())
@@ -92,6 +99,9 @@ def transformers_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:
         library_workspace_bytes=(
             _HOPPER_CUBLAS_WORKSPACE_BYTES if architecture == "hopper" else _CUBLAS_WORKSPACE_BYTES
         ),
+        fragmentation_bytes=96 * MIB,
+        buffer_bytes=16 * KIB,
+        kv_layer_overhead_bytes=512,
         prefill_chunk_tokens=1024,
         expands_kv_heads=True,
         dequantizes_to_scratch=True,
@@ -116,6 +126,9 @@ def _transformers_cpu(host: HostSpec) -> EngineProfile:
         alignment_bytes=64,
         context_bytes=0,
         library_workspace_bytes=96 * MIB,
+        fragmentation_bytes=0,
+        buffer_bytes=16 * KIB,
+        kv_layer_overhead_bytes=64,
         prefill_chunk_tokens=256,
         expands_kv_heads=True,
         dequantizes_to_scratch="avx512_bf16" not in host.cpu_features,

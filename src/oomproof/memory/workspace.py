@@ -114,4 +114,4 @@ def workspace_bytes(spec: ModelSpec, shape: WorkspaceShape, profile: EngineProfi
     layer = residual_bytes(spec, tokens, itemsize) + scratch + max(attention, mlp)
     head = logits_bytes(spec, itemsize) if shape.has_head else 0
     largest = max(layer, head, repacking_bytes(shape, profile))
-    return profile.library_workspace_bytes + largest
+    return profile.library_workspace_bytes + profile.fragmentation_bytes + largest

@@ -113,17 +113,18 @@ def read_config(data: bytes, *, file: str) -> Mapping[str, object]:
     return parsed
 
 
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+"""A JSON string, possibly cut off at the end of the text; linear in its length."""
+_BRACKETS = re.compile(r"[\[\]{}]")
+
+
 def _check_depth(text: str, *, file: str) -> None:
     """Refuses deep nesting before the recursive parser sees it."""
     depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text, re.DOTALL):
-        bracket = token[0]
-        if bracket in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ConfigError(file, f"is nested more than {MAX_DEPTH} levels deep")
-        elif bracket in "]}":
-            depth -= 1
+    for bracket in _BRACKETS.findall(_STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ConfigError(file, f"is nested more than {MAX_DEPTH} levels deep")
 
 
 def shown(value: object) -> str:

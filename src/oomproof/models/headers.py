@@ -160,7 +160,10 @@ def parse_header(
         raise CheckpointError(
             where, "has a header that does not begin with '{'", remedy="is it a safetensors file?"
         )
-    if sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_PUNCTUATION:
+    if (
+        raw.count(b'"data_offsets"') > MAX_TENSORS
+        or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_PUNCTUATION
+    ):  # parsed, it could take a hundred times its length
         _refuse_count(where)
     header = parse_json_object(raw, what="header", location=where)
     _check_metadata(header.pop("__metadata__", {}), location=where)

@@ -147,7 +147,7 @@ def read_hub(
 
 def download(
     repo: str,
-    commit: str,
+    revision: str | None = None,
     *,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
@@ -159,7 +159,7 @@ def download(
 
     Args:
         repo: Repository id, "org/name".
-        commit: Commit or other revision.
+        revision: Branch, tag or commit; the default branch where it is not given.
         progress: Called with (bytes received, bytes to receive).
         trust_remote_code: Bring the repository's *.py files too.
 
@@ -170,19 +170,22 @@ def download(
         ModelNotFoundError: As for `read_hub`.
         CheckpointError: The disk is too small, or the download failed.
     """
-    _check_names(repo, commit)
+    _check_names(repo, revision)
     hub = _Hub.from_environment()
+    wanted = revision or _DEFAULT_REVISION
     if hub.offline:
-        folder = hub.complete_snapshot(repo, commit)
-        if folder is None:
-            raise hub.not_cached(repo, "its weights are not all")
-        return folder
-    listing = hub.list_files(repo, commit)
+        if folder := hub.complete_snapshot(repo, wanted):
+            return folder
+        raise hub.not_cached(repo, "not all of its weights are")
+    listing = hub.list_files(repo, wanted)
+    location = _location(repo, listing.commit)
+    if CONFIG_FILE not in listing.sizes:
+        raise missing_config(listing.sizes, location=location)
     names = _files_to_download(
         listing.sizes,
         hub.read_weight_map(repo, listing),
         trust_remote_code=trust_remote_code,
-        location=_location(repo, listing.commit),
+        location=location,
     )
     missing_bytes = sum(
         listing.sizes[name] or 0
@@ -190,6 +193,8 @@ def download(
         if hub.cached_file(repo, name, listing.commit) is None
     )
     hub.check_disk(repo, missing_bytes)
+    # Asked for by its branch, so that the cache learns the branch's commit for offline use.
+    hub.fetch_small(repo, CONFIG_FILE, wanted, listing, MAX_CONFIG_BYTES)
     return hub.fetch_snapshot(
         repo, listing.commit, names, total_bytes=missing_bytes, progress=progress
     )
@@ -296,7 +301,7 @@ def _read_listing(
     if folder := hub.complete_snapshot(repo, commit):
         return _read_snapshot(repo, folder, hub_was_asked=True, sizes=sizes)
     weight_map = hub.read_weight_map(repo, listing)
-    # Asked for by its branch, so that the cache learns the branch's commit for offline use.
+    # By its branch, as in `download`.
     config_path = hub.fetch_small(repo, CONFIG_FILE, revision, listing, MAX_CONFIG_BYTES)
     checkpoint = None
     if (layout := find_weights(sizes, location=location)) is not None:
@@ -467,8 +472,10 @@ class _Hub:
         location = f"{_location(repo, listing.commit)}/{file}"
         url = hf_hub_url(repo, file, revision=listing.commit, endpoint=self.endpoint)
         with self._explained(repo, listing.commit):
-            prefix, served_bytes = _read_range(url, 0, FIRST_READ_BYTES)
             listed_bytes = listing.sizes[file]
+            if listed_bytes == 0:  # no range of it could be served
+                header_end(b"", file_bytes=0, location=location)
+            prefix, served_bytes = _read_range(url, 0, FIRST_READ_BYTES)
             file_bytes = served_bytes if listed_bytes is None else listed_bytes
             if file_bytes is None:
                 raise CheckpointError(location, "has a length that the hub does not tell")
