@@ -46,7 +46,7 @@ CASES = {
     "8b-16gib-4x4k": Case(
         like="llama-3.1-8b", format="nf4-dq", cap="16GiB", context=4096, concurrency=4
     ),
-    "1b-4gib": Case(like="llama-3.2-1b", format="bf16", cap="6GiB", context=8192),
+    "1b-6gib-bf16": Case(like="llama-3.2-1b", format="bf16", cap="6GiB", context=8192),
     "405b-2-layers": Case(
         like="llama-3.1-405b", format="nf4-dq", cap="40GiB", context=8192, layers=2
     ),

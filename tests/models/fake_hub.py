@@ -38,6 +38,8 @@ class FakeRepo:
     listed_sizes: dict[str, int] = field(default_factory=dict)
     """Sizes that the listing gets wrong."""
     ignores_range: bool = False
+    weights_at: str | None = None
+    """Another server, to which requests for safetensors files are redirected."""
     breaks: int = 0
     """Answers to ranges that are cut off in their middle."""
 
@@ -133,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if content is None:
             self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.commit})
+            return
+        if repo.weights_at and file.endswith(".safetensors"):
+            self.answer(302, {"Location": f"{repo.weights_at}{self.path}"})
             return
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": repo.commit}
         asked = _RANGE.fullmatch(self.headers.get("Range", ""))

@@ -131,6 +131,15 @@ def test_the_token_is_sent_to_the_endpoint_and_said_nowhere(hub: FakeHub) -> Non
     assert "hf_secret" not in str(caught.value)
 
 
+def test_the_token_does_not_follow_a_redirect_to_another_host(hub: FakeHub) -> None:
+    with fake_hub() as storage:
+        storage.repos[REPO] = FakeRepo(files=sharded_files())
+        hub.repos[REPO].weights_at = storage.endpoint
+        assert read_hub(REPO).checkpoint is not None
+        assert {one.token for one in storage.requests} == {None}
+        assert storage.sent_bytes(FIRST) > 0
+
+
 def test_a_revision_is_resolved_to_its_commit(hub: FakeHub) -> None:
     hub.repos[REPO].revisions = ("main", "refs/pr/1", "v1.0")
     assert read_hub(REPO, revision="v1.0").commit == COMMIT
