@@ -239,7 +239,7 @@ def check_verdict(content: bytes) -> None:
 
 
 QUICK = settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

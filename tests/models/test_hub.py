@@ -318,9 +318,13 @@ def test_a_malformed_revision_never_reaches_the_network(revision: str, hub: Fake
     assert not hub.requests
 
 
-def test_a_malformed_endpoint_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
-    with pytest.raises(InputError, match="HF_ENDPOINT"):
+@pytest.mark.parametrize(
+    "endpoint",
+    ["huggingface.co", "ftp://host", "https://", "https://a b", "http://[", "http://a@b"],
+)
+def test_a_malformed_endpoint_is_told(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(InputError, match="HF_ENDPOINT is not an address"):
         read_hub(REPO)
 
 
@@ -448,11 +452,16 @@ def test_offline_a_planned_model_is_still_known_by_its_config(
 
 
 def test_where_the_hub_is_down_a_model_in_the_cache_is_enough(hub: FakeHub) -> None:
-    download(REPO)
+    folder = download(REPO)
     hub.repos[REPO].api_error = (503, {})
     contents = read_hub(REPO)
     assert contents.checkpoint is not None
     assert not contents.hub_was_asked
+    assert download(REPO) == folder
+    (folder / SECOND).unlink()
+    for act in (read_hub, download):
+        with pytest.raises(ModelNotFoundError, match="HTTP 503"):
+            act(REPO)
 
 
 def test_hf_hub_cache_is_honoured(

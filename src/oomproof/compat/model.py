@@ -53,7 +53,7 @@ def load_model(
         folder, _without_ignored(spec.checkpoint), _device_finder(placed), progress
     )
     settings = quantization_settings(plan)
-    _quiet_transformers()
+    _quiet_libraries()
     with reader.open() as tensors, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model, info = model_class.from_pretrained(
@@ -77,6 +77,7 @@ def load_model(
 
 def import_libraries(plan: Plan, spec: ModelSpec) -> None:
     """Imports what loading will use, so that its own memory is not taken for the model's."""
+    _quiet_libraries()
     getattr(transformers, spec.architecture)
     if quantization_settings(plan) is not None:
         import bitsandbytes  # noqa: F401
@@ -118,7 +119,7 @@ def _refuse_partial(folder: Path, info: dict[str, Any]) -> None:
             )
 
 
-def _quiet_transformers() -> None:
+def _quiet_libraries() -> None:
     """Leaves progress and warnings to us."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

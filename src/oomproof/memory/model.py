@@ -210,6 +210,13 @@ def _staging_bytes(
     spec: ModelSpec, tensor: TensorSpec, held: StoredTensor, profile: EngineProfile
 ) -> int:
     """Bytes that loading a parameter needs on its device besides the parameter itself."""
+    return profile.fragmentation_bytes + _source_bytes(spec, tensor, held, profile)
+
+
+def _source_bytes(
+    spec: ModelSpec, tensor: TensorSpec, held: StoredTensor, profile: EngineProfile
+) -> int:
+    """Copies of the tensor in the checkpoint's precision, and what quantizing it takes."""
     source = tensor.numel * spec.dtype.itemsize
     if tensor.role is Role.EXPERTS:
         # Experts arrive one by one, are stacked, then concatenated: two copies beside the result.

@@ -35,7 +35,7 @@ class EngineProfile:
     library_workspace_bytes: int
     """What cuBLAS and its like allocate through torch, once."""
     fragmentation_bytes: int
-    """What torch's allocator reserves and cannot hand out."""
+    """What torch's allocator reserves and cannot hand out, whatever the model."""
     buffer_bytes: int
     """Buffers beside the parameters, such as rotary frequencies."""
     kv_layer_overhead_bytes: int
@@ -125,8 +125,8 @@ def _transformers_cpu(host: HostSpec) -> EngineProfile:
         quantized_roles=QUANTIZED_ROLES["transformers"],
         alignment_bytes=64,
         context_bytes=0,
-        library_workspace_bytes=96 * MIB,
-        fragmentation_bytes=0,
+        library_workspace_bytes=64 * MIB,
+        fragmentation_bytes=32 * MIB,
         buffer_bytes=16 * KIB,
         kv_layer_overhead_bytes=64,
         prefill_chunk_tokens=256,

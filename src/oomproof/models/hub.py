@@ -63,7 +63,11 @@ _REPO_ID = re.compile(r"(?:\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 _REVISION = re.compile(r"\w[\w./+@=-]{0,254}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN_NAME = re.compile(r"[\w.-]+", re.ASCII)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_ENDPOINT = re.compile(
+    r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d{1,5})?(?:/[\w./~-]*)?", re.ASCII
+)
+_LENGTH = re.compile(r"\d{1,18}", re.ASCII)
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d+/(\d{1,18}|\*)", re.ASCII)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -177,7 +181,12 @@ def download(
         if folder := hub.complete_snapshot(repo, wanted):
             return folder
         raise hub.not_cached(repo, "not all of its weights are")
-    listing = hub.list_files(repo, wanted)
+    try:
+        listing = hub.list_files(repo, wanted)
+    except _HubUnreachableError:
+        if folder := hub.complete_snapshot(repo, wanted):
+            return folder
+        raise
     location = _location(repo, listing.commit)
     if CONFIG_FILE not in listing.sizes:
         raise missing_config(listing.sizes, location=location)
@@ -342,8 +351,9 @@ class _Hub:
         """Reads what huggingface_hub reads once, when it is imported."""
         variables = os.environ
         endpoint = (variables.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        if urlsplit(endpoint).scheme not in {"http", "https"} or not urlsplit(endpoint).hostname:
-            raise InputError(f"HF_ENDPOINT is {endpoint!r}", remedy='write "https://host"')
+        if not _ENDPOINT.fullmatch(endpoint):
+            # Its value is not repeated: it may hold a password.
+            raise InputError("HF_ENDPOINT is not an address", remedy='write "https://host"')
         cache_home = variables.get("XDG_CACHE_HOME") or "~/.cache"
         home = variables.get("HF_HOME") or f"{cache_home}/huggingface"
         cache = variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE")
@@ -646,7 +656,7 @@ def _try_read_range(url: str, begin: int, end: int) -> tuple[bytes, int | None]:
     with _open_stream(url, headers) as (response, chunks):
         utils.hf_raise_for_status(response)
         told = response.headers.get("Content-Length", "")
-        file_bytes = int(told) if told.isdecimal() else None
+        file_bytes = int(told) if _LENGTH.fullmatch(told) else None
         skip = begin
         if response.status_code == 206:
             told_range = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))

@@ -32,8 +32,6 @@ class DevicePlan:
     holds_embedding: bool
     holds_head: bool
     terms: DeviceTerms
-    fragmentation_bytes: int
-    """Part of the workspace term that the allocator reserves and cannot hand out."""
 
     @property
     def peak_bytes(self) -> int:

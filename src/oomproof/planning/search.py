@@ -279,7 +279,6 @@ class _Planner:
             holds_embedding=holds_embedding,
             holds_head=holds_embedding if tied else holds_last_unit,
             terms=candidate.terms(slot),
-            fragmentation_bytes=slot.model.profile.fragmentation_bytes,
         )
 
     def _alternatives(
