@@ -16,7 +16,7 @@ from rich.table import Table
 
 from oomproof.memory.terms import DeviceTerms
 from oomproof.planning.plan import DevicePlan, Plan
-from oomproof.units import format_bytes, format_parameters
+from oomproof.units import GIB, format_bytes, format_parameters
 
 if TYPE_CHECKING:
     from oomproof.doctor.checks import Verdict
@@ -37,7 +37,8 @@ def _stdout() -> Console:
 def print_plan(plan: Plan) -> None:
     """The plan as a table, its verdict first."""
     console = _stdout()
-    console.print(f"[bold]{plan.model}[/bold]  {describe_choice(plan)}")
+    console.print(f"[bold]{escape(plan.model)}[/bold]  {describe_choice(plan)}")
+    console.print(f"on {escape(_device_names(plan))}")
     console.print(_verdict(plan))
     console.print()
     console.print(_device_table(plan))
@@ -63,40 +64,75 @@ def _verdict(plan: Plan) -> str:
     return f"[bold green]fits[/bold green], up to {plan.max_context:,} tokens of context"
 
 
+_COLUMNS = {
+    "cuda_context": "ctx",
+    "weights": "weights",
+    "kv_cache": "KV",
+    "workspace": "work",
+    "staging": "stage",
+    "graphs": "graphs",
+    "comm": "comm",
+    "margin": "margin",
+}
+
+
 def _device_table(plan: Plan) -> Table:
-    shown = plan.devices if len(plan.devices) <= 8 or not plan.fits else plan.devices_in_use
-    names = [n for n in _TERMS if any(getattr(d.terms, n) for d in shown)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("device")
-    table.add_column("layers")
-    for name in (*names, "peak", "free"):
-        table.add_column(name.replace("_", " "), justify="right")
-    for device in shown:
+    """A row a device and a column a term, in GiB, narrow enough for 80 columns."""
+    names = [n for n in _TERMS if any(getattr(d.terms, n) for d in plan.devices)]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title="GiB, each device (staging is over before KV and work begin)",
+        title_justify="left",
+    )
+    table.add_column("device", no_wrap=True)
+    table.add_column("layers", no_wrap=True)
+    for name in names:
+        table.add_column(_COLUMNS[name], justify="right", no_wrap=True)
+    table.add_column("peak", justify="right", no_wrap=True)
+    table.add_column("free", justify="right", no_wrap=True)
+    for device in plan.devices:
+        peak = _gib(device.peak_bytes)
+        over = device.peak_bytes > device.usable_bytes
         table.add_row(
-            f"{device.index} {device.name}",
+            "cpu" if device.kind == "cpu" else f"GPU {device.index}",
             _layers(device),
-            *(format_bytes(getattr(device.terms, name)) for name in names),
-            _peak(device),
-            format_bytes(device.usable_bytes),
+            *(_gib(getattr(device.terms, name)) for name in names),
+            f"[red]{peak}[/red]" if over else peak,
+            _gib(device.usable_bytes),
         )
     return table
 
 
+def _gib(size_bytes: int) -> str:
+    if size_bytes == 0:
+        return "–"
+    value = size_bytes / GIB
+    if value < 0.005:
+        return "<0.01"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
 def _layers(device: DevicePlan) -> str:
+    """Such as "E 0–31 H": the embedding, decoder layers 0 to 31, the head."""
     parts = []
     if device.holds_embedding:
-        parts.append("embedding")
+        parts.append("E")
     if device.layers is not None:
         first, last = device.layers
         parts.append(f"{first}–{last}")
     if device.holds_head:
-        parts.append("head")
-    return " + ".join(parts) or "–"
+        parts.append("H")
+    return " ".join(parts) or "–"
 
 
-def _peak(device: DevicePlan) -> str:
-    size = format_bytes(device.peak_bytes)
-    return f"[red]{size}[/red]" if device.peak_bytes > device.usable_bytes else size
+def _device_names(plan: Plan) -> str:
+    """Such as "2 × NVIDIA A100-SXM4-80GB, 1 × 12.0 GiB GPU"."""
+    counts: dict[str, int] = {}
+    for device in plan.devices:
+        counts[device.name] = counts.get(device.name, 0) + 1
+    return ", ".join(f"{count} × {name}" for name, count in counts.items())
 
 
 def _print_facts(console: Console, plan: Plan) -> None:

@@ -6,8 +6,9 @@ in GB/s, dense 16-bit matrix TFLOP/s with fp32 accumulation and without sparsity
 
 The fifth column is what a process can allocate before a context of its own: a driver keeps 300 to
 900 MiB of a card to itself, newer ones more. The cards in REPORTED_FREE stay at or below a total
-that CUDA reported on such a card; the others are estimates that wait for a measurement. Data-center cards have ECC on, workstation cards off: turning it
-on takes 1/16 of a card with GDDR memory.
+that CUDA reported on such a card; the others are estimates that wait for a measurement.
+Data-center cards have ECC on, workstation cards off: turning it on takes 1/16 of a card with GDDR
+memory.
 """
 
 from __future__ import annotations

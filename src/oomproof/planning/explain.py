@@ -38,7 +38,7 @@ def why_not_runnable(
 def misfit(
     terms: Mapping[int, DeviceTerms], usable: Mapping[int, int], names: Mapping[int, str]
 ) -> str:
-    """What is missing, and on which device most: "12.3 GiB missing, most on GPU 1 (…)"."""
+    """What is missing, and on which device most: "12.3 GiB missing, 4.1 of it on GPU 1 (…)"."""
     missing = {index: max(0, terms[index].peak_bytes - usable[index]) for index in terms}
     total = sum(missing.values())
     worst = max(missing, key=lambda index: missing[index])
@@ -46,4 +46,5 @@ def misfit(
     needs, has = format_bytes(terms[worst].peak_bytes), format_bytes(usable[worst])
     if len(missing) == 1:
         return f"{format_bytes(total)} missing on {where}: needs {needs}, has {has}"
-    return f"{format_bytes(total)} missing, most on {where}: needs {needs}, has {has}"
+    most = format_bytes(missing[worst])
+    return f"{format_bytes(total)} missing over {len(missing)} devices, {most} of it on {where}"

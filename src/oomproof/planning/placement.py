@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, permutations
+from operator import add
 
 from oomproof.hardware.spec import DeviceSpec
 from oomproof.memory.model import MemoryModel
@@ -171,21 +172,37 @@ def _least_shortfall(slots: Sequence[Slot]) -> Placement:
 
 
 def _least_shortfall_in_order(order: Sequence[Slot]) -> Placement:
-    """Dynamic programming over (device, first unit): the fewest bytes missing from there on."""
+    """Dynamic programming over (device, first unit): the fewest bytes missing from there on.
+
+    Among equal sums the one whose worst device misses least is taken, so that what is missing
+    shows spread over the devices.
+    """
     num_units = order[0].model.num_units
     infinite = 2**62
-    # missing[u]: least bytes missing when the devices from here on hold units u … end.
+    # missing[u], worst[u]: sum and largest of what is missing when the devices from here on hold
+    # units u … end.
     missing = [infinite] * num_units + [0]
+    worst = [0] * (num_units + 1)
     choices: list[list[int]] = []
+    excesses: dict[tuple[object, ...], list[list[int]]] = {}
     for slot in reversed(order):
+        if slot.kind not in excesses:
+            excesses[slot.kind] = [_excess(slot, first) for first in range(num_units)]
+        # A device may stay empty: then the next one goes on from the same unit.
         chosen = list(range(num_units + 1))
-        best = list(missing)
-        for first in range(num_units):
-            for end, peak in enumerate(slot.model.peaks_from(first), first + 1):
-                total = max(0, peak - slot.usable_bytes) + missing[end]
-                if total < best[first]:
-                    best[first], chosen[first] = total, end
-        missing = best
+        best, best_worst = list(missing), list(worst)
+        for first, excess in enumerate(excesses[slot.kind]):
+            totals = list(map(add, excess, missing[first + 1 :]))
+            least = min(totals)
+            if least > best[first]:
+                continue
+            for end, total in enumerate(totals, first + 1):
+                if total != least:
+                    continue
+                largest = max(excess[end - first - 1], worst[end])
+                if least < best[first] or largest < best_worst[first]:
+                    best[first], best_worst[first], chosen[first] = least, largest, end
+        missing, worst = best, best_worst
         choices.append(chosen)
     ranges: dict[int, tuple[int, int]] = {}
     first = 0
@@ -194,3 +211,8 @@ def _least_shortfall_in_order(order: Sequence[Slot]) -> Placement:
             ranges[slot.device.index] = (first, chosen[first])
         first = chosen[first]
     return Placement(ranges=ranges, shortfall_bytes=missing[0])
+
+
+def _excess(slot: Slot, first: int) -> list[int]:
+    """Bytes that the ranges from `first`, growing, need beyond what the device has."""
+    return [max(0, peak - slot.usable_bytes) for peak in slot.model.peaks_from(first)]
