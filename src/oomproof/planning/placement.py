@@ -10,9 +10,9 @@ no speed), then the least predicted time, then the most room left on the fullest
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, permutations
+from itertools import islice
 from operator import add
 
 from oomproof.hardware.spec import DeviceSpec
@@ -20,8 +20,6 @@ from oomproof.memory.model import MemoryModel
 
 MAX_ORDERS = 24
 """Device orders that are compared where nothing fits, or for speed; feasibility tries all."""
-MAX_PERMUTATIONS = 40_320
-"""Permutations that are looked through for distinct orders: all of eight devices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +85,7 @@ def reach(slot: Slot, first: int, room: int = 0) -> int:
 def _feasible_orders(slots: Sequence[Slot]) -> list[list[Slot]]:
     """Orders of the smallest sets of devices that hold the whole model."""
     num_units = slots[0].model.num_units
-    kinds: dict[tuple[object, ...], list[Slot]] = {}
-    for slot in slots:
-        kinds.setdefault(slot.kind, []).append(slot)
-    groups = list(kinds.values())
+    groups = _groups(slots)
     # How many devices of each kind are used → the best order of them found, and its reach.
     frontier: dict[tuple[int, ...], tuple[int, list[Slot]]] = {(0,) * len(groups): (0, [])}
     for _ in range(len(slots)):
@@ -155,20 +150,27 @@ def _preference(placement: Placement, slots: Sequence[Slot]) -> tuple[float, flo
 
 def _least_shortfall(slots: Sequence[Slot]) -> Placement:
     """The placement that misses by the fewest bytes, over up to MAX_ORDERS distinct orders."""
-    seen: set[tuple[tuple[object, ...], ...]] = set()
-    best: Placement | None = None
-    for order in islice(permutations(slots), MAX_PERMUTATIONS):
-        kinds = tuple(slot.kind for slot in order)
-        if kinds in seen:
-            continue
-        if len(seen) == MAX_ORDERS:
-            break
-        seen.add(kinds)
-        found = _least_shortfall_in_order(order)
-        if best is None or found.shortfall_bytes < best.shortfall_bytes:
-            best = found
-    assert best is not None
-    return best
+    orders = islice(_distinct_orders(_groups(slots)), MAX_ORDERS)
+    return min(map(_least_shortfall_in_order, orders), key=lambda found: found.shortfall_bytes)
+
+
+def _groups(slots: Sequence[Slot]) -> list[list[Slot]]:
+    """Interchangeable devices together."""
+    kinds: dict[tuple[object, ...], list[Slot]] = {}
+    for slot in slots:
+        kinds.setdefault(slot.kind, []).append(slot)
+    return list(kinds.values())
+
+
+def _distinct_orders(groups: Sequence[Sequence[Slot]]) -> Iterator[list[Slot]]:
+    """Every order of the devices that differs in kind from the ones before it."""
+    if not any(groups):
+        yield []
+    for position, group in enumerate(groups):
+        if group:
+            rest = [*groups[:position], group[1:], *groups[position + 1 :]]
+            for order in _distinct_orders(rest):
+                yield [group[0], *order]
 
 
 def _least_shortfall_in_order(order: Sequence[Slot]) -> Placement:
