@@ -26,7 +26,8 @@ _BYTE_UNITS = {
     "gib": GIB,
     "tib": 1024**4,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", re.ASCII)
+_TOKENS = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kKmM]?)\s*", re.ASCII)
 MAX_BYTES = 1024**5
 MAX_TOKENS = 1_000_000_000
 
@@ -57,7 +58,7 @@ def parse_tokens(text: str, *, what: str = "context") -> int:
     Raises:
         InputError: Not a whole number of tokens, zero, or absurdly large.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*", text)
+    match = _TOKENS.fullmatch(text)
     if match is None:
         raise InputError(f"{what} {text!r} is not a token count", remedy='write "8192" or "8k"')
     tokens = float(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]

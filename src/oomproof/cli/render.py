@@ -16,7 +16,7 @@ from rich.table import Table
 
 from oomproof.memory.terms import DeviceTerms
 from oomproof.planning.plan import DevicePlan, Plan
-from oomproof.units import GIB, format_bytes, format_parameters
+from oomproof.units import GIB, MIB, format_bytes, format_parameters
 
 if TYPE_CHECKING:
     from oomproof.doctor.checks import Verdict
@@ -77,13 +77,15 @@ _COLUMNS = {
 
 
 def _device_table(plan: Plan) -> Table:
-    """A row a device and a column a term, in GiB, narrow enough for 80 columns."""
+    """A row a device and a column a term, narrow enough for 80 columns."""
     names = [n for n in _TERMS if any(getattr(d.terms, n) for d in plan.devices)]
+    small = all(device.peak_bytes < GIB for device in plan.devices)
+    unit, scale = ("MiB", MIB) if small else ("GiB", GIB)
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        title="GiB, each device (staging is over before KV and work begin)",
+        title=f"{unit} of each device (stage is over before KV and work begin)",
         title_justify="left",
     )
     table.add_column("device", no_wrap=True)
@@ -93,25 +95,27 @@ def _device_table(plan: Plan) -> Table:
     table.add_column("peak", justify="right", no_wrap=True)
     table.add_column("free", justify="right", no_wrap=True)
     for device in plan.devices:
-        peak = _gib(device.peak_bytes)
+        peak = _figure(device.peak_bytes, scale)
         over = device.peak_bytes > device.usable_bytes
         table.add_row(
             "cpu" if device.kind == "cpu" else f"GPU {device.index}",
             _layers(device),
-            *(_gib(getattr(device.terms, name)) for name in names),
+            *(_figure(getattr(device.terms, name), scale) for name in names),
             f"[red]{peak}[/red]" if over else peak,
-            _gib(device.usable_bytes),
+            _figure(device.usable_bytes, scale),
         )
     return table
 
 
-def _gib(size_bytes: int) -> str:
+def _figure(size_bytes: int, scale: int) -> str:
     if size_bytes == 0:
         return "–"
-    value = size_bytes / GIB
+    value = size_bytes / scale
     if value < 0.005:
         return "<0.01"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    if value < 10:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _layers(device: DevicePlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def _torch_facts() -> TorchFacts:
 
 def _try_4bit() -> bool:
     """Multiplies by a small NF4 weight, on the GPU where there is one."""
+    # On a CPU it reports every optional kernel that it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
     import torch
 
