@@ -1,0 +1,190 @@
+"""transformers as an engine: what is loaded is what was planned, and what it says is the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import oomproof  # noqa: E402
+from oomproof.compat.verify import verify_parameters  # noqa: E402
+from oomproof.engine.model import Model  # noqa: E402
+from oomproof.errors import PlanMismatchError, RequestError  # noqa: E402
+from oomproof.models.resolve import bundled_folder, resolve  # noqa: E402
+from oomproof.session import from_pretrained, load, plan  # noqa: E402
+
+PROMPTS = ("It was a dark night", "The king said unto him,", "Fellow citizens, our country")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 3,
+    "bos_token_id": 0,
+    "pad_token_id": 3,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 64}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 64}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 64}),
+    "phi3": ("Phi3Config", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Model]:
+    with load("tiny", format="bf16", concurrency=3) as model:
+        yield model
+
+
+def _random_checkpoint(family: str, folder: Path) -> Path:
+    config_class, fields = FAMILIES[family]
+    config = getattr(transformers, config_class)(**{**SHAPE, **fields})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(bundled_folder() / name, folder / name)
+    return folder
+
+
+def _generate(folder: Path, tokens: tuple[int, ...], count: int, attention: str) -> list[int]:
+    """transformers' own greedy answer, with its own loader and its own growing cache."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation=attention
+    )
+    out = model.generate(
+        torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None
+    )
+    answer: list[int] = out[0, len(tokens) :].tolist()
+    return answer
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_tokens_equal_transformers_own(prompt: str, tiny: Model) -> None:
+    stream = tiny.stream(prompt, raw=True, temperature=0, max_new_tokens=40)
+    list(stream)
+    tokens = tiny.tokenizer.encode(prompt)
+    expected = _generate(bundled_folder(), tokens, 40, "sdpa")
+    assert stream.tokens == expected[: len(stream.tokens)]
+    assert stream.finish_reason == "stop" or len(stream.tokens) == 40
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_loaded_as_planned_and_answers_as_transformers_does(
+    family: str, tmp_path: Path
+) -> None:
+    folder = _random_checkpoint(family, tmp_path)
+    with load(folder, format="bf16") as model:
+        stream = model.stream("Who goes there? " * 8, raw=True, temperature=0, max_new_tokens=12)
+        list(stream)
+        tokens = model.tokenizer.encode("Who goes there? " * 8)
+        expected = _generate(folder, tokens, 12, model.plan.attention)
+    assert stream.tokens == expected[: len(stream.tokens)]
+
+
+@pytest.mark.parametrize("weight_format", ["nf4", "nf4-dq", "fp4", "fp4-dq", "llm-int8"])
+def test_each_quantized_format_is_loaded_as_planned_and_answers(weight_format: str) -> None:
+    with load("tiny", format=weight_format) as model:
+        assert model.generate("It was a dark night", seed=1, max_new_tokens=8)
+        measured = model.measured_terms()[0]
+        planned = model.plan.devices[0].terms
+        assert measured.weights <= planned.weights <= measured.weights * 1.02
+        assert measured.kv_cache <= planned.kv_cache
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_experts_stay_in_16_bits_and_the_plan_knows(family: str, tmp_path: Path) -> None:
+    folder = _random_checkpoint(family, tmp_path)
+    spec = resolve(str(folder))
+    experts = sum(t.numel for t in spec.tensors if len(t.shape) == 3)
+    with load(folder, format="nf4") as model:
+        assert model.plan.devices[0].terms.weights > 2 * experts
+        assert model.measured_terms()[0].weights > 2 * experts
+
+
+def test_a_long_prompt_in_chunks_answers_as_in_one_piece(tiny: Model) -> None:
+    prompt = "And it came to pass that the king arose. " * 12
+    whole = tiny.generate(prompt, raw=True, temperature=0, max_new_tokens=20)
+    engine = tiny._engine
+    planned = engine._plan  # type: ignore[attr-defined]
+    engine._plan = replace(planned, prefill_chunk_tokens=48)  # type: ignore[attr-defined]
+    try:
+        chunked = tiny.generate(prompt, raw=True, temperature=0, max_new_tokens=20)
+    finally:
+        engine._plan = planned  # type: ignore[attr-defined]
+    assert chunked == whole
+
+
+def test_three_requests_together_answer_as_each_alone(tiny: Model) -> None:
+    options: dict[str, Any] = {"raw": True, "temperature": 0, "max_new_tokens": 16}
+    alone = [tiny.generate(prompt, **options) for prompt in PROMPTS]
+    assert tiny.generate_all(PROMPTS, **options) == alone
+    assert tiny.generate_all(PROMPTS * 2, **options) == alone * 2
+
+
+def test_a_seed_repeats_an_answer_and_a_cancelled_one_leaves_no_trace(tiny: Model) -> None:
+    first = tiny.generate(PROMPTS[0], seed=5, max_new_tokens=24)
+    stream = tiny.stream(PROMPTS[1], seed=6)
+    next(stream)
+    stream.cancel()
+    assert "".join(stream) in stream.text
+    assert stream.finish_reason == "cancelled"
+    assert tiny.generate(PROMPTS[0], seed=5, max_new_tokens=24) == first
+
+
+def test_a_request_that_can_never_fit_is_refused_in_tokens(tiny: Model) -> None:
+    with pytest.raises(RequestError, match=r"planned context of 1,024.*--context 1033"):
+        tiny.stream("a", raw=True, max_new_tokens=1033 - len(tiny.tokenizer.encode("a")))
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        from oomproof.engine.messages import Request, SamplingOptions
+
+        tiny._engine.submit(
+            Request(id="x", prompt_tokens=(99_999,), max_new_tokens=1, sampling=SamplingOptions())
+        )
+
+
+def test_a_parameter_that_differs_from_the_plan_is_named() -> None:
+    made = plan("tiny", format="nf4-dq")
+    spec = resolve("tiny")
+    model = from_pretrained(made)
+    verify_parameters(model, made, spec)
+    name = "model.layers.2.mlp.down_proj"
+    shape = spec.hidden_size, spec.intermediate_size
+    replaced = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
+    model.set_submodule(name, replaced)
+    with pytest.raises(PlanMismatchError, match=rf"{name}.weight: planned .* uint8 on cpu, found"):
+        verify_parameters(model, made, spec)
+
+
+def test_from_pretrained_returns_an_ordinary_transformers_model() -> None:
+    model = oomproof.from_pretrained("tiny", format="nf4")
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    assert model.generation_config.eos_token_id == 3
+    out = model.generate(torch.tensor([[0, 10, 11]]), max_new_tokens=4, do_sample=False)
+    assert out.shape[1] <= 7
+
+
+def test_a_plan_of_another_model_is_not_loaded() -> None:
+    made = plan("tiny", format="bf16")
+    with pytest.raises(PlanMismatchError, match="another model"):
+        load(replace(made, fingerprint="0" * 16))
