@@ -14,8 +14,6 @@ import pytest
 from oomproof.cli.main import main
 from oomproof.models.resolve import bundled_folder
 
-pytest.importorskip("torch")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

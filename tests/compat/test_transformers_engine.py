@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-import oomproof  # noqa: E402
-from oomproof.compat.verify import verify_parameters  # noqa: E402
-from oomproof.engine.model import Model  # noqa: E402
-from oomproof.errors import PlanMismatchError, RequestError  # noqa: E402
-from oomproof.models.resolve import bundled_folder, resolve  # noqa: E402
-from oomproof.session import from_pretrained, load, plan  # noqa: E402
+import oomproof
+from oomproof.compat.verify import verify_parameters
+from oomproof.engine.messages import Request, SamplingOptions
+from oomproof.engine.model import Model
+from oomproof.errors import PlanMismatchError, RequestError
+from oomproof.models.resolve import bundled_folder, resolve
+from oomproof.session import from_pretrained, load, plan
 
 PROMPTS = ("It was a dark night", "The king said unto him,", "Fellow citizens, our country")
 SHAPE: dict[str, Any] = {
@@ -155,12 +155,9 @@ def test_a_seed_repeats_an_answer_and_a_cancelled_one_leaves_no_trace(tiny: Mode
 def test_a_request_that_can_never_fit_is_refused_in_tokens(tiny: Model) -> None:
     with pytest.raises(RequestError, match=r"planned context of 1,024.*--context 1033"):
         tiny.stream("a", raw=True, max_new_tokens=1033 - len(tiny.tokenizer.encode("a")))
+    strange = Request(id="x", prompt_tokens=(99_999,), max_new_tokens=1, sampling=SamplingOptions())
     with pytest.raises(RequestError, match="outside the vocabulary"):
-        from oomproof.engine.messages import Request, SamplingOptions
-
-        tiny._engine.submit(
-            Request(id="x", prompt_tokens=(99_999,), max_new_tokens=1, sampling=SamplingOptions())
-        )
+        tiny._engine.submit(strange)
 
 
 def test_a_parameter_that_differs_from_the_plan_is_named() -> None:

@@ -6,15 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-torch = pytest.importorskip("torch")
-
-from safetensors.torch import save_file  # noqa: E402
-
-from oomproof.errors import CheckpointError  # noqa: E402
-from oomproof.loading.reader import CheckpointReader  # noqa: E402
-from oomproof.models.headers import read_header  # noqa: E402
-from oomproof.models.spec import CheckpointSpec  # noqa: E402
+from oomproof.errors import CheckpointError
+from oomproof.loading.reader import CheckpointReader
+from oomproof.models.headers import read_header
+from oomproof.models.spec import CheckpointSpec
 
 
 def _reader(path: Path, progress: list[tuple[int, int]] | None = None) -> CheckpointReader:
