@@ -146,7 +146,8 @@ def from_pretrained(
 ) -> Any:
     """An ordinary `transformers.PreTrainedModel`, placed and quantized by a plan.
 
-    Its KV cache is transformers' own and grows as it generates; the plan left room for it.
+    Its KV cache is transformers' own and grows as it generates; the plan left room for it. A cap
+    stays in force for as long as the process lives.
 
     Args:
         model: A plan of this machine, or what `plan` takes.

@@ -40,6 +40,7 @@ def test_no_measured_peak_is_above_its_prediction(weight_format: str) -> None:
 
 def test_a_plan_beyond_the_free_memory_is_refused_before_loading() -> None:
     made = plan("tiny", format="nf4-dq")
+    # The tests before this one capped the process; closing their models lifted the caps.
     hoard = torch.empty(torch.cuda.mem_get_info()[0] - 2**28, dtype=torch.uint8, device="cuda")
     try:
         with pytest.raises(PlanDoesNotFitError, match="free now"):

@@ -21,6 +21,8 @@ from oomproof.models.resolve import bundled_folder, resolve
 from oomproof.session import from_pretrained, load, plan
 
 PROMPTS = ("It was a dark night", "The king said unto him,", "Fellow citizens, our country")
+LONG_PROMPT = "Who goes there? " * 24
+"""Longer than the sliding windows below, and than several prefill chunks."""
 SHAPE: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 64,
@@ -67,25 +69,26 @@ def _random_checkpoint(family: str, folder: Path) -> Path:
     return folder
 
 
-def _generate(folder: Path, tokens: tuple[int, ...], count: int, attention: str) -> list[int]:
-    """transformers' own greedy answer, with its own loader and its own growing cache."""
+def _regret(folder: Path, prompt: tuple[int, ...], answer: list[int]) -> float:
+    """How far below the best token a greedy answer ever is, in standard deviations of the logits.
+
+    The judge is transformers' own loader and forward in float32, over prompt and answer at once.
+    Tokens themselves may differ where bfloat16 cannot tell two apart.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation=attention
+        folder, dtype=torch.float32, attn_implementation="eager"
     )
-    out = model.generate(
-        torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None
-    )
-    answer: list[int] = out[0, len(tokens) :].tolist()
-    return answer
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+    return float(((logits.amax(dim=1) - chosen) / logits.std(dim=1)).max())
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_tokens_equal_transformers_own(prompt: str, tiny: Model) -> None:
+def test_greedy_tokens_are_those_of_transformers_in_float32(prompt: str, tiny: Model) -> None:
     stream = tiny.stream(prompt, raw=True, temperature=0, max_new_tokens=40)
     list(stream)
-    tokens = tiny.tokenizer.encode(prompt)
-    expected = _generate(bundled_folder(), tokens, 40, "sdpa")
-    assert stream.tokens == expected[: len(stream.tokens)]
+    assert _regret(bundled_folder(), tiny.tokenizer.encode(prompt), stream.tokens) < 0.05
     assert stream.finish_reason == "stop" or len(stream.tokens) == 40
 
 
@@ -94,12 +97,13 @@ def test_each_family_is_loaded_as_planned_and_answers_as_transformers_does(
     family: str, tmp_path: Path
 ) -> None:
     folder = _random_checkpoint(family, tmp_path)
-    with load(folder, format="bf16") as model:
-        stream = model.stream("Who goes there? " * 8, raw=True, temperature=0, max_new_tokens=12)
+    with load(replace(plan(folder, format="bf16"), prefill_chunk_tokens=40)) as model:
+        stream = model.stream(LONG_PROMPT, raw=True, temperature=0, max_new_tokens=12)
         list(stream)
-        tokens = model.tokenizer.encode("Who goes there? " * 8)
-        expected = _generate(folder, tokens, 12, model.plan.attention)
-    assert stream.tokens == expected[: len(stream.tokens)]
+        prompt = model.tokenizer.encode(LONG_PROMPT)
+    # A router may choose another expert where bfloat16 cannot tell two apart.
+    bound = 0.5 if "experts" in str(FAMILIES[family][1]) else 0.05
+    assert _regret(folder, prompt, stream.tokens) < bound
 
 
 @pytest.mark.parametrize("weight_format", ["nf4", "nf4-dq", "fp4", "fp4-dq", "llm-int8"])

@@ -20,6 +20,7 @@ from oomproof.compat.measure import MemoryMeter
 from oomproof.engine.messages import Event, FinishedEvent, FinishReason, Request, TokenEvent
 from oomproof.engine.sampling import Sampler
 from oomproof.errors import RequestError
+from oomproof.loading.devices import release_devices
 from oomproof.memory.kv_cache import KV_FORMATS, planned_tokens
 from oomproof.memory.terms import DeviceTerms
 from oomproof.models.spec import AttentionSpec, ModelSpec
@@ -122,6 +123,7 @@ class TransformersEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        release_devices(self._plan)
 
     def _drop_cancelled(self) -> Iterator[FinishedEvent]:
         for active in tuple(self._active):

@@ -50,6 +50,15 @@ def prepare_devices(plan: Plan, hardware: Hardware) -> None:
             _cap(device, plan.cap_bytes)
 
 
+def release_devices(plan: Plan) -> None:
+    """Lifts the cap that `prepare_devices` set; for when the planned model is gone."""
+    if plan.cap_bytes is None:
+        return
+    for device in plan.devices_in_use:
+        if device.kind == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device.index)
+
+
 def _check_cuda(device: DevicePlan) -> None:
     if not torch.cuda.is_available():
         raise HardwareError(
