@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from oomproof.errors import CheckpointError, InputError, ModelNotFoundError
-from oomproof.models import hub as hub_module
-from oomproof.models.hub import FIRST_READ_BYTES, download, is_hub_id, read_hub
+from oomproof.models import hub_client
+from oomproof.models.hub import download, is_hub_id, read_hub
+from oomproof.models.hub_client import FIRST_READ_BYTES
 from tests.models.fake_hub import COMMIT, FakeHub, FakeRepo, fake_hub
 from tests.models.safetensors_files import Shapes, safetensors_bytes, sharded_files, single_files
 
@@ -29,7 +30,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(hub_module, "RETRY_PAUSES_S", (0.0,))
+    monkeypatch.setattr(hub_client, "RETRY_PAUSES_S", (0.0,))
     with fake_hub() as server:
         server.repos[REPO] = FakeRepo(files=sharded_files())
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
