@@ -139,16 +139,22 @@ class MemoryModel:
         return self._peaks[first]
 
     def _growing_peaks(self, first: int) -> Iterator[int]:
-        fixed = self.profile.context_bytes + self.profile.margin_bytes
-        staging = linear = 0
-        for end in range(first + 1, self.num_units + 1):
-            staging = max(staging, self.costs.staging[end - 1])
-            linear = max(linear, self.costs.largest_linear[end - 1])
-            running = self._kv[end] - self._kv[first]
-            running += self._workspace(linear, self._computes_logits(first, end))
-            if end - first < self.num_units:
+        # Plan searches spend their time here, so what does not change from unit to unit is not
+        # computed again: the workspace changes where a larger weight or the head joins the range.
+        costs, kv, num_units = self.costs, self._kv, self.num_units
+        fixed = self.profile.context_bytes + self.profile.margin_bytes - costs.weights[first]
+        staging, linear, has_head, workspace = 0, -1, False, 0
+        for end in range(first + 1, num_units + 1):
+            staging = max(staging, costs.staging[end - 1])
+            computes_logits = self._computes_logits(first, end)
+            if costs.largest_linear[end - 1] > linear or computes_logits != has_head:
+                linear = max(linear, costs.largest_linear[end - 1])
+                has_head = computes_logits
+                workspace = self._workspace(linear, has_head)
+            running = kv[end] - kv[first] + workspace
+            if end - first < num_units:
                 running += self._comm_bytes
-            yield fixed + self.weights_bytes(first, end) + max(staging, running)
+            yield fixed + costs.weights[end] + max(staging, running)
 
 
 def unit_of(tensor: TensorSpec, spec: ModelSpec) -> int:

@@ -213,6 +213,8 @@ class _Planner:
         def fits(context: int) -> bool:
             return self._candidate(format_name, context).fits
 
+        if not fits(1):
+            return 0
         if fits(limit):
             return limit
         low, high = 0, -(-limit // PAGE_TOKENS)
