@@ -18,7 +18,7 @@ demo: $(STAMP)
 
 # Lint, types, import direction, and every fast test.
 test: lint
-	$(PYTEST) -n 2
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow

@@ -111,7 +111,7 @@ def load(
         InputError: See `plan`.
     """
     contract = _agree(model, options)
-    folder = _fetch(contract.spec, progress)
+    folder = _fetch(contract.spec, progress, trust_remote_code=trust_remote_code)
     from oomproof.compat.engine import TransformersEngine
     from oomproof.compat.measure import MemoryMeter
     from oomproof.compat.model import import_libraries, load_model
@@ -159,7 +159,7 @@ def from_pretrained(
         OomproofError: As `load` does.
     """
     contract = _agree(model, options)
-    folder = _fetch(contract.spec, progress)
+    folder = _fetch(contract.spec, progress, trust_remote_code=trust_remote_code)
     from oomproof.compat.model import load_model
     from oomproof.loading.devices import prepare_devices
 
@@ -236,7 +236,7 @@ def _what_would_fit(agreed: Plan) -> str:
     return "use a smaller model, or see `oomproof plan`"
 
 
-def _fetch(spec: ModelSpec, progress: Progress | None) -> Path:
+def _fetch(spec: ModelSpec, progress: Progress | None, *, trust_remote_code: bool) -> Path:
     """The folder with the model's files, downloaded where they are not here yet."""
     if spec.source.kind == "folder":
         return Path(spec.source.path)
@@ -246,6 +246,7 @@ def _fetch(spec: ModelSpec, progress: Progress | None) -> Path:
         spec.source.path,
         spec.source.revision or "main",
         progress=_of_stage(progress, "download"),
+        trust_remote_code=trust_remote_code,
     )
 
 

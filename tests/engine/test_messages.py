@@ -1,0 +1,88 @@
+"""What goes into an engine: refused at the door where it makes no sense, and plain values."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import FrozenInstanceError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oomproof.engine.messages import (
+    MAX_NEW_TOKENS,
+    Event,
+    FinishedEvent,
+    Request,
+    SamplingOptions,
+    TokenEvent,
+)
+from oomproof.errors import RequestError
+
+VALID_OPTIONS = st.builds(
+    SamplingOptions,
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 10**6),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.none() | st.integers(0, 2**63 - 1),
+)
+
+
+@given(VALID_OPTIONS)
+def test_options_within_their_bounds_are_accepted_as_they_are(options: SamplingOptions) -> None:
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+@given(
+    st.sampled_from(
+        [
+            ("temperature", float("nan")),
+            ("temperature", float("inf")),
+            ("temperature", -1e-9),
+            ("temperature", 100.001),
+            ("top_k", -1),
+            ("top_p", 0.0),
+            ("top_p", 1.0001),
+            ("top_p", float("nan")),
+            ("seed", -1),
+            ("seed", 2**63),
+        ]
+    )
+)
+def test_an_option_out_of_bounds_is_refused_with_its_name_and_value(
+    option: tuple[str, float],
+) -> None:
+    name, value = option
+    with pytest.raises(RequestError) as refused:
+        SamplingOptions(**{name: value})  # type: ignore[arg-type]
+    assert str(refused.value).startswith(f"{name.replace('_', '-')} {value} must be")
+
+
+@pytest.mark.parametrize("count", [0, -1, MAX_NEW_TOKENS + 1])
+def test_an_answer_of_no_or_of_too_many_tokens_is_refused(count: int) -> None:
+    with pytest.raises(RequestError, match=f"max-new-tokens {count} must be from 1 to 1,000,000"):
+        Request(id="a", prompt_tokens=(1,), max_new_tokens=count, sampling=SamplingOptions())
+
+
+def test_a_request_cannot_be_changed_once_it_was_checked() -> None:
+    request = Request(id="a", prompt_tokens=(1,), max_new_tokens=1, sampling=SamplingOptions())
+    with pytest.raises(FrozenInstanceError):
+        request.max_new_tokens = 0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Request(
+            id="a",
+            prompt_tokens=(1, 2),
+            max_new_tokens=3,
+            sampling=SamplingOptions(seed=4),
+            stop_tokens=frozenset({5}),
+        ),
+        TokenEvent(request_id="a", token=7),
+        FinishedEvent(request_id="a", reason="stop", prompt_tokens=2, new_tokens=1),
+    ],
+)
+def test_messages_travel_through_a_pipe_unchanged(message: Request | Event) -> None:
+    assert pickle.loads(pickle.dumps(message)) == message
