@@ -236,7 +236,13 @@ class Model:
         Raises:
             RequestError: An option out of bounds, or a prompt that cannot fit.
         """
-        streams = [self.stream(prompt, **options) for prompt in prompts]
+        streams: list[Stream] = []
+        try:
+            streams += (self.stream(prompt, **options) for prompt in prompts)
+        except RequestError:
+            for stream in streams:
+                stream.cancel()
+            raise
         return ["".join(stream) for stream in streams]
 
     def advance(self) -> None:
@@ -272,10 +278,12 @@ class Model:
 
     def _encode(self, prompt: Prompt, *, raw: bool) -> tuple[int, ...]:
         if raw or not self.tokenizer.has_chat_template:
-            if not isinstance(prompt, str):
-                raise RequestError(
-                    "this model has no chat template", remedy="give the prompt as one text"
-                )
-            return self.tokenizer.encode(prompt)
+            if isinstance(prompt, str):
+                return self.tokenizer.encode(prompt)
+            why = "it is asked for raw" if raw else "this model has no chat template"
+            raise RequestError(
+                f"a conversation needs a chat template, and {why}",
+                remedy="give the prompt as one text",
+            )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.tokenizer.encode_chat(messages)

@@ -27,7 +27,8 @@ class Sampler:
         options = self._options
         if options.temperature == 0:
             return int(logits.argmax())
-        scores = logits.float() / options.temperature
+        # The best score is 0 and the division is in float64, so that no temperature overflows.
+        scores = (logits.double() - logits.max()) / options.temperature
         if 0 < options.top_k < scores.numel():
             scores = keep_top_k(scores, options.top_k)
         if options.top_p < 1:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"
-_CONTEXT_TOKENS = 8
-"""Tokens decoded again with each new one, so that spacing and joined bytes come out right."""
 
 
 class IncrementalDecoder:
@@ -19,6 +17,9 @@ class IncrementalDecoder:
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._tokens: list[int] = []
+        self._start = 0
+        """Where decoding begins: the tokens of the last piece give spacing its context, and a
+        piece never begins inside a character."""
         self._settled = 0
         """Tokens whose text was handed out."""
 
@@ -32,10 +33,9 @@ class IncrementalDecoder:
         return self._advance(held_back=None)
 
     def _advance(self, held_back: str | None) -> str:
-        start = max(0, self._settled - _CONTEXT_TOKENS)
-        before = self._decode(self._tokens[start : self._settled])
-        after = self._decode(self._tokens[start:])
+        before = self._decode(self._tokens[self._start : self._settled])
+        after = self._decode(self._tokens[self._start :])
         if held_back is not None and after.endswith(held_back):
             return ""
-        self._settled = len(self._tokens)
+        self._start, self._settled = self._settled, len(self._tokens)
         return after[len(before) :]

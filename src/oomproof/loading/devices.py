@@ -35,16 +35,18 @@ def prepare_devices(plan: Plan, hardware: Hardware) -> None:
                 f"the plan uses {device.name} as device {device.index}, which is not here",
                 remedy="plan again on this machine, without --gpus",
             )
-        if device.kind != "cuda":
-            continue
-        if found.free_bytes < device.peak_bytes:
-            short = device.peak_bytes - found.free_bytes
+        # On the CPU, model and process live in the same memory.
+        needed = device.peak_bytes + (plan.host.peak_bytes if device.kind == "cpu" else 0)
+        if found.free_bytes < needed:
+            where = "the CPU's RAM" if device.kind == "cpu" else f"GPU {device.index}"
             raise PlanDoesNotFitError(
-                f"GPU {device.index} has {format_bytes(found.free_bytes)} free now, "
-                f"the plan needs {format_bytes(device.peak_bytes)}",
-                shortfall_bytes=short,
+                f"{where} has {format_bytes(found.free_bytes)} free now, "
+                f"the plan needs {format_bytes(needed)}",
+                shortfall_bytes=needed - found.free_bytes,
                 remedy="free it, or plan again",
             )
+        if device.kind != "cuda":
+            continue
         _check_cuda(device)
         if plan.cap_bytes is not None:
             _cap(device, plan.cap_bytes)
