@@ -116,6 +116,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Gives the model's memory back."""
+        self._meter.release()
         self._active.clear()
         self._waiting.clear()
         self._free_caches.clear()

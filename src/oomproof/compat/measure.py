@@ -53,6 +53,11 @@ class MemoryMeter:
         for meter in self._meters.values():
             meter.sample()
 
+    def release(self) -> None:
+        """Lets go of the model; `terms` stays as it was measured."""
+        for meter in self._meters.values():
+            meter.release()
+
     def terms(self) -> Mapping[int, DeviceTerms]:
         """Device index → measured terms so far."""
         return {index: meter.terms() for index, meter in self._meters.items()}
@@ -62,6 +67,7 @@ class _DeviceMeter(Protocol):
     def weights_loaded(self, model: torch.nn.Module) -> None: ...
     def cache_allocated(self, tensors: tuple[torch.Tensor, ...]) -> None: ...
     def sample(self) -> None: ...
+    def release(self) -> None: ...
     def terms(self) -> DeviceTerms: ...
 
 
@@ -88,6 +94,9 @@ class _CudaMeter:
 
     def sample(self) -> None:
         """The allocator keeps its own high-water mark."""
+
+    def release(self) -> None:
+        """Holds no tensors."""
 
     def terms(self) -> DeviceTerms:
         free, _ = torch.cuda.mem_get_info(self._device)
@@ -130,10 +139,19 @@ class _CpuMeter:
         current = _peak_rss() if self._resets else None
         self._peak = max(self._peak, current or self._process.memory_info().rss)
 
-    def terms(self) -> DeviceTerms:
+    def release(self) -> None:
+        self._weights = self._current_weights()
         self.sample()
+        self._parameters = ()
+
+    def _current_weights(self) -> int:
         # bitsandbytes repacks 4-bit weights at the first forward: what counts is what they are now.
-        weights = max(self._weights, sum(parameter_bytes(p) for p in self._parameters))
+        return max(self._weights, sum(parameter_bytes(p) for p in self._parameters))
+
+    def terms(self) -> DeviceTerms:
+        if self._parameters:
+            self.sample()
+        weights = self._current_weights()
         return DeviceTerms(
             weights=weights,
             kv_cache=self._cache,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import transformers
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 from oomproof.compat.verify import verify_parameters
-from oomproof.errors import CheckpointError, LoadError
+from oomproof.errors import CheckpointError, LoadError, OomproofError
 from oomproof.loading.reader import CheckpointReader, Progress
 from oomproof.models.spec import CheckpointSpec, ModelSpec
 from oomproof.planning.handoff import device_map, quantization_settings
@@ -46,7 +48,9 @@ def load_model(
     """
     if spec.checkpoint is None:
         raise CheckpointError(str(folder), "holds no safetensors files")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with _in_our_words(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    generation_config = _read_generation_config(folder)
     model_class = getattr(transformers, spec.architecture)
     placed = device_map(plan)
     reader = CheckpointReader(
@@ -54,7 +58,11 @@ def load_model(
     )
     settings = quantization_settings(plan)
     _quiet_libraries()
-    with reader.open() as tensors, warnings.catch_warnings():
+    with (
+        _in_our_words(folder / "config.json"),
+        reader.open() as tensors,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", FutureWarning)
         model, info = model_class.from_pretrained(
             None,
@@ -69,10 +77,36 @@ def load_model(
     _refuse_partial(folder, info)
     model.eval()
     model.config.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation_config is not None:
+        model.generation_config = generation_config
     verify_parameters(model, plan, spec)
     return model
+
+
+@contextmanager
+def _in_our_words(file: Path) -> Iterator[None]:
+    """Whatever transformers stumbles over becomes one error that names the file.
+
+    Its configs and loaders raise a dozen types for a wrong value. Running out of memory is no
+    fault of the file and goes on as it is, and so does what we raise ourselves.
+    """
+    try:
+        yield
+    except (OomproofError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise CheckpointError(
+            str(file), f"transformers cannot use it: {type(error).__name__}: {lines[0][:200]}"
+        ) from error
+
+
+def _read_generation_config(folder: Path) -> GenerationConfig | None:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    with _in_our_words(path):
+        return GenerationConfig.from_pretrained(folder)
 
 
 def import_libraries(plan: Plan, spec: ModelSpec) -> None:

@@ -35,9 +35,12 @@ class TransformersTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(str(folder), f"no tokenizer can be read: {reason}") from None
+        except Exception as error:
+            # transformers reads config.json and the tokenizer's files, and raises a dozen types.
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise CheckpointError(
+                str(folder), f"config.json or the tokenizer's files cannot be read: {reason}"
+            ) from error
         own = self._tokenizer.eos_token_id
         self.has_chat_template = bool(self._tokenizer.chat_template)
         """Whether the model knows turns of a conversation."""

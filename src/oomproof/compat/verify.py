@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from oomproof.errors import PlanMismatchError
+from oomproof.errors import CheckpointError, PlanMismatchError
 from oomproof.formats import DType, get_format
 from oomproof.memory.model import unit_of
 from oomproof.memory.profiles import QUANTIZED_ROLES
@@ -40,6 +40,7 @@ def verify_parameters(model: torch.nn.Module, plan: Plan, spec: ModelSpec) -> No
     """Compares device, dtype and bytes of every parameter with the plan.
 
     Raises:
+        CheckpointError: The weights hold a head of their own where config.json ties it.
         PlanMismatchError: Any of them differs, or a parameter is there too many or too few.
     """
     weight_format = get_format(plan.format)
@@ -51,6 +52,12 @@ def verify_parameters(model: torch.nn.Module, plan: Plan, spec: ModelSpec) -> No
     }
     devices = _planned_devices(plan, spec)
     found = dict(model.named_parameters())
+    if spec.tie_word_embeddings and "lm_head.weight" in found:
+        raise CheckpointError(
+            plan.source.path,
+            "config.json ties lm_head to the embedding, and the weights hold another lm_head",
+            remedy="config and weights do not belong together; download both again",
+        )
     differences = [f"{name}: planned, not loaded" for name in expected.keys() - found.keys()]
     differences += [f"{name}: loaded, not planned" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():

@@ -26,6 +26,8 @@ class EngineProfile:
     formats: frozenset[str]
     """Formats that the engine runs there."""
     kv_formats: frozenset[str]
+    kv_in_compute_dtype: bool
+    """Whether keys and values cannot be kept in another dtype than they are computed in."""
     quantized_roles: frozenset[Role]
     """QUANTIZED_ROLES of the engine."""
     alignment_bytes: int
@@ -93,6 +95,7 @@ def transformers_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:
         device_kind=device.kind,
         formats=_UNQUANTIZED_FORMATS if device.kind == "mps" else _TRANSFORMERS_FORMATS,
         kv_formats=frozenset({"bf16", "fp16"}),
+        kv_in_compute_dtype=True,
         quantized_roles=QUANTIZED_ROLES["transformers"],
         alignment_bytes=_CUDA_ALIGNMENT_BYTES,
         context_bytes=_CUDA_CONTEXT_BYTES.get(architecture, _UNMEASURED_CUDA_CONTEXT_BYTES),
@@ -122,6 +125,7 @@ def _transformers_cpu(host: HostSpec) -> EngineProfile:
         device_kind="cpu",
         formats=_TRANSFORMERS_FORMATS,
         kv_formats=frozenset({"bf16", "fp16"}),
+        kv_in_compute_dtype=True,
         quantized_roles=QUANTIZED_ROLES["transformers"],
         alignment_bytes=64,
         context_bytes=0,

@@ -57,7 +57,7 @@ def attention_bytes(
             expanded = context * spec.num_attention_heads * head_dims * itemsize
         widest = max(widest, projected + output + expanded)
     widest += mask_bytes(tokens=tokens, context=context, itemsize=itemsize)
-    if spec.attention_softcap:
+    if spec.eager_attention:
         widest += score_bytes(spec, tokens=tokens, context=context, itemsize=itemsize)
     return widest
 

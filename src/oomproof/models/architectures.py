@@ -147,7 +147,7 @@ def build_spec(
         checkpoint_quantization=read_quantization(whole),
         num_experts=decoder.num_experts if family.experts else 0,
         num_experts_per_token=decoder.num_experts_per_tok if family.experts else 0,
-        attention_softcap=decoder.attn_logit_softcapping is not None,
+        eager_attention=family.eager_attention or decoder.attn_logit_softcapping is not None,
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from oomproof.errors import CheckpointError, ModelNotFoundError
+from oomproof.formats import DType
 from oomproof.models.architectures import build_spec
 from oomproof.models.catalog import find, suggest
 from oomproof.models.config import read_config
 from oomproof.models.spec import CheckpointSpec, ModelSource, ModelSpec
+
+_WEIGHT_DTYPES = frozenset({DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.FLOAT64})
 
 BUNDLED = "tiny"
 """Name of the model that the package ships."""
@@ -120,6 +123,10 @@ def check_tensors(spec: ModelSpec, checkpoint: CheckpointSpec, *, location: str)
                 location,
                 f"config.json describes {tensor.name!r}, which the weights lack",
                 remedy="config and weights do not belong together; download both again",
+            )
+        if stored.dtype not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                stored.file, f"{tensor.name!r} holds {stored.dtype}, not 16- or 32-bit floats"
             )
         if stored.shape != tensor.shape:
             raise CheckpointError(

@@ -131,8 +131,9 @@ class ModelSpec:
     num_experts: int = 0
     """Experts of each mixture-of-experts layer, 0 for dense models."""
     num_experts_per_token: int = 0
-    attention_softcap: bool = False
-    """Whether attention scores are soft-capped (Gemma 2), which fused kernels cannot do."""
+    eager_attention: bool = False
+    """Whether fused kernels cannot compute its attention: soft-capped scores (Gemma 2), sinks
+    (gpt-oss)."""
 
     @cached_property
     def decoder_prefix(self) -> str:

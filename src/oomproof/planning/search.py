@@ -173,7 +173,12 @@ class _Planner:
             ),
             host=host,
             not_runnable=why_not_runnable(
-                weight_format, kv_format, self.profiles, self.hardware.devices
+                self.spec,
+                weight_format,
+                kv_format,
+                compute_dtype,
+                self.profiles,
+                self.hardware.devices,
             ),
         )
 
@@ -243,7 +248,7 @@ class _Planner:
             runnable=chosen.not_runnable is None,
             engine=self.engine,
             compute_dtype=str(self._compute_dtype(chosen.format)),
-            attention="eager" if spec.attention_softcap else "sdpa",
+            attention="eager" if spec.eager_attention else "sdpa",
             kv_format=chosen.kv_format,
             context=chosen.context,
             concurrency=self.request.concurrency,
@@ -318,8 +323,8 @@ class _Planner:
             reasons.append(f"{chosen.format.name} does not fit: {chosen.explain_misfit()}")
             if max_context:
                 reasons.append(f"it would fit with --context {max_context}")
-        if self.spec.attention_softcap:
-            reasons.append("attention is eager: this model soft-caps its scores")
+        if self.spec.eager_attention:
+            reasons.append("attention is eager: no fused kernel computes this model's")
         else:
             reasons.append("attention is torch's SDPA, which takes its fastest kernel that applies")
         return reasons

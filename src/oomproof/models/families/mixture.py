@@ -87,6 +87,7 @@ MIXTURE = (
         name="gpt-oss",
         architecture="GptOssForCausalLM",
         model_type="gpt_oss",
+        eager_attention=True,
         attention=(
             Part(name="self_attn.sinks", shape=("heads",), role=Role.OTHER),
             *attention(bias="attention_bias", output_bias="attention_bias"),

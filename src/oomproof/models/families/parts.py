@@ -174,6 +174,8 @@ class Family:
     """Values that transformers' config class gives to fields that published files leave out."""
     requires: tuple[str, ...] = ()
     """Fields that this family cannot do without, beyond those of every decoder."""
+    eager_attention: bool = False
+    """Whether no fused kernel computes its attention; soft-capped scores are seen by themselves."""
     text_config: bool = False
     """Whether the decoder's fields lie in a "text_config" of their own."""
     decoder: str = "model"
