@@ -56,7 +56,10 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def random_checkpoint(
-    folder: Path, family: str = "llama", edit: Callable[[Tensors], object] | None = None, **fields: Any
+    folder: Path,
+    family: str = "llama",
+    edit: Callable[[Tensors], object] | None = None,
+    **fields: Any,
 ) -> Path:
     """Writes a checkpoint of that family with the bundled tokenizer.
 
@@ -70,7 +73,7 @@ def random_checkpoint(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
             elif "embed" not in name:
                 parameter.normal_(std=0.15)
     model.save_pretrained(folder)

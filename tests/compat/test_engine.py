@@ -87,7 +87,7 @@ def engine(shared: TransformersEngine) -> Iterator[TransformersEngine]:
     assert shared.idle
     yield shared
     while not shared.idle:
-        shared.step()
+        shared.step()  # type: ignore[unreachable]
 
 
 def prompt_of(length: int, seed: int = 0, vocab_size: int = 2048) -> tuple[int, ...]:
@@ -118,7 +118,9 @@ def answer(engine: TransformersEngine, prompt: Sequence[int], count: int) -> lis
 
 def generate(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     """transformers' own greedy answer, over its own cache that grows."""
-    config = GenerationConfig(do_sample=False, max_new_tokens=count, eos_token_id=-1, pad_token_id=3)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=count, eos_token_id=-1, pad_token_id=3
+    )
     out = model.generate(torch.tensor([prompt]), generation_config=config)
     tokens: list[int] = out[0, len(prompt) :].tolist()
     assert len(tokens) == count
@@ -315,7 +317,7 @@ def test_cancelled_requests_end_and_free_their_slots(engine: TransformersEngine)
     engine.cancel("c")
     engine.step()
     assert engine.idle
-    assert answer(engine, prompt, 8) == fresh
+    assert answer(engine, prompt, 8) == fresh  # type: ignore[unreachable]
 
 
 def test_an_idle_engine_steps_without_events(engine: TransformersEngine) -> None:
@@ -328,7 +330,12 @@ def test_every_cache_is_carved_from_one_pool_of_the_planned_bytes(
     pools, caches = engine_module.allocate_caches(tiny, planned, spec)
     [pool] = pools
     assert len(caches) == planned.concurrency
-    views = [tensor for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    views = [
+        tensor
+        for cache in caches
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+    ]
     assert sum(view.nbytes for view in views) == pool.nbytes
     assert {view.untyped_storage().data_ptr() for view in views} == {pool.data_ptr()}
     assert len({view.data_ptr() for view in views}) == len(views)
@@ -381,7 +388,7 @@ def test_a_kv_format_other_than_the_compute_dtype_runs_or_is_planned_as_not_runn
 def test_widths_that_are_no_multiple_of_64_run_or_are_planned_as_not_runnable(
     weight_format: str, shape: dict[str, int], tmp_path: Path
 ) -> None:
-    made = plan(random_checkpoint(tmp_path, **shape), format=weight_format)
+    made = plan(random_checkpoint(tmp_path, **shape), format=weight_format)  # type: ignore[arg-type]
     if made.runnable:
         with load(made) as model:
             stream = model.stream("hello", max_new_tokens=2, temperature=0)

@@ -77,9 +77,9 @@ def test_dense_families_ignore_fields_of_experts() -> None:
 
 
 def test_soft_capping_is_read() -> None:
-    assert spec_of(SMALL_CONFIGS["gemma2"]).attention_softcap
+    assert spec_of(SMALL_CONFIGS["gemma2"]).eager_attention
     uncapped = {**SMALL_CONFIGS["gemma2"], "attn_logit_softcapping": None}
-    assert not spec_of(uncapped).attention_softcap
+    assert not spec_of(uncapped).eager_attention
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""What each engine is known to do on each kind of device."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from oomproof.errors import InputError
+from oomproof.formats import FORMATS
+from oomproof.hardware.spec import DeviceKind, DeviceSpec, HostSpec
+from oomproof.memory.kv_cache import KV_FORMATS
+from oomproof.memory.profiles import (
+    QUANTIZED_ROLES,
+    EngineProfile,
+    engine_profile,
+    transformers_profile,
+)
+from oomproof.models.spec import Role
+from oomproof.units import GIB, MIB
+
+
+def host(*features: str) -> HostSpec:
+    return HostSpec(
+        total_ram_bytes=64 * GIB,
+        available_ram_bytes=60 * GIB,
+        free_disk_bytes=None,
+        cpu_count=8,
+        cpu_features=frozenset(features),
+    )
+
+
+def profile(
+    kind: DeviceKind, capability: tuple[int, int] | None = None, *features: str
+) -> EngineProfile:
+    device = DeviceSpec(
+        index=0,
+        name=kind,
+        kind=kind,
+        total_bytes=24 * GIB,
+        free_bytes=23 * GIB,
+        compute_capability=capability,
+    )
+    return engine_profile("transformers", device, host(*features))
+
+
+EVERY = [
+    profile("cuda", (7, 5)),
+    profile("cuda", (8, 0)),
+    profile("cuda", (9, 0)),
+    profile("cuda", (12, 0)),
+    profile("cuda"),
+    profile("rocm"),
+    profile("mps"),
+    profile("cpu"),
+    profile("cpu", None, "avx512_bf16"),
+]
+
+
+@pytest.mark.parametrize("engine", ["", "vllm", "Transformers", "auto"])
+def test_an_unknown_engine_is_refused_with_the_known_ones(engine: str) -> None:
+    device = DeviceSpec(index=0, name="g", kind="cuda", total_bytes=GIB, free_bytes=GIB)
+    with pytest.raises(InputError, match=rf"unknown engine '{engine}': use one of transformers"):
+        engine_profile(engine, device, host())
+
+
+@pytest.mark.parametrize("each", EVERY)
+def test_no_coefficient_is_negative_and_names_are_known(each: EngineProfile) -> None:
+    for field in fields(each):
+        value = getattr(each, field.name)
+        if isinstance(value, int | float):
+            assert value >= 0, field.name
+    assert each.alignment_bytes > 0
+    assert each.prefill_chunk_tokens > 0
+    assert each.margin_bytes > 0
+    assert each.formats <= FORMATS.keys()
+    assert each.kv_formats <= KV_FORMATS.keys()
+
+
+@pytest.mark.parametrize("each", EVERY)
+def test_transformers_runs_bitsandbytes_formats_and_no_kernels_of_ours(each: EngineProfile) -> None:
+    assert {"bf16", "fp16"} <= each.formats
+    assert not each.formats & {"int4", "int8"}
+    assert each.kv_formats == {"bf16", "fp16"}
+
+
+def test_quantizing_reaches_linear_layers_only() -> None:
+    assert QUANTIZED_ROLES["transformers"] == {Role.LINEAR}
+    assert {each.quantized_roles for each in EVERY} == {frozenset({Role.LINEAR})}
+
+
+def test_bitsandbytes_is_not_offered_on_apples_gpu() -> None:
+    assert profile("mps").formats == {"bf16", "fp16"}
+
+
+def test_cuda_tensors_take_multiples_of_512_bytes() -> None:
+    assert profile("cuda", (8, 9)).alignment_bytes == 512
+
+
+def test_hopper_keeps_a_larger_cublas_workspace() -> None:
+    assert profile("cuda", (9, 0)).library_workspace_bytes == 32 * MIB
+    assert profile("cuda", (8, 0)).library_workspace_bytes == 9 * MIB
+
+
+def test_the_cuda_context_covers_what_was_measured() -> None:
+    # 692 MiB with 4 bits, 756 with LLM.int8(); unmeasured architectures take the most measured.
+    for capability in ((7, 5), (8, 0), (9, 0), (12, 0), None):
+        assert profile("cuda", capability).context_bytes >= 756 * MIB
+
+
+def test_a_processor_has_no_cuda_context_and_pins_nothing() -> None:
+    found = profile("cpu")
+    assert (found.context_bytes, found.pinned_bytes) == (0, 0)
+
+
+def test_4_bit_weights_are_repacked_with_avx512_bf16_and_dequantized_without() -> None:
+    with_it, without = profile("cpu", None, "avx512_bf16"), profile("cpu", None, "avx2")
+    assert (with_it.repacks_4bit, with_it.dequantizes_to_scratch) == (True, False)
+    assert (without.repacks_4bit, without.dequantizes_to_scratch) == (False, True)
+    assert not profile("cuda", (9, 0), "avx512_bf16").repacks_4bit
+
+
+def test_equal_devices_have_equal_profiles() -> None:
+    first, second = profile("cuda", (8, 6)), profile("cuda", (8, 6))
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+def test_engine_names_lead_to_their_profile() -> None:
+    device = DeviceSpec(index=0, name="g", kind="cuda", total_bytes=GIB, free_bytes=GIB)
+    found = transformers_profile(device, host())
+    assert found == engine_profile("transformers", device, host())
+    assert found.engine == "transformers"
