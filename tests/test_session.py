@@ -1,73 +1,170 @@
-"""The whole way: a hub id planned from headers, downloaded, loaded as planned, and answering."""
+"""Plan, load, answer: what a program that imports oomproof meets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 import oomproof
-from oomproof.errors import InputError, LoadError, MissingDependencyError
-from oomproof.models import hub_client
-from oomproof.models.resolve import bundled_folder
-from tests.models.fake_hub import FakeHub, FakeRepo, fake_hub
+from oomproof import session
+from oomproof.errors import (
+    CheckpointError,
+    HardwareError,
+    InputError,
+    MissingDependencyError,
+    NotRunnableError,
+    PlanDoesNotFitError,
+    PlanMismatchError,
+)
+from oomproof.planning.plan import Plan
+from oomproof.units import GIB
+from tests.compat.checkpoints import copy_of_tiny
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that has the bundled model as org/name, and an empty cache."""
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(hub_client, "RETRY_PAUSES_S", (0.0,))
-    files = {path.name: path.read_bytes() for path in bundled_folder().iterdir()}
-    with fake_hub() as server:
-        server.repos["org/name"] = FakeRepo(files=files)
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        yield server
+def folder(tmp_path: Path) -> Path:
+    return copy_of_tiny(tmp_path / "model")
 
 
-def test_a_hub_id_is_planned_from_its_header_then_downloaded_and_run(hub: FakeHub) -> None:
-    plan = oomproof.plan("org/name", format="nf4-dq")
-    weights = len(hub.repos["org/name"].files["model.safetensors"])
-    assert plan.fits
-    assert plan.download_bytes == weights
-    assert hub.sent_bytes("model.safetensors") < weights / 10
-    stages: dict[str, tuple[int, int]] = {}
-    with oomproof.load(
-        plan, progress=lambda s, done, total: stages.update({s: (done, total)})
-    ) as m:
-        assert m.generate("It was a dark night", seed=1, max_new_tokens=4)
-    assert stages.keys() == {"download", "load"}
-    assert all(done == total > 0 for done, total in stages.values())
-
-
-def test_a_tensor_that_no_parameter_wants_is_refused(tmp_path: Path) -> None:
-    for path in bundled_folder().iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.9.extra.weight"] = torch.ones(3)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LoadError, match=r"1 unexpected parameters: model.layers.9.extra.weight"):
-        oomproof.load(tmp_path, format="bf16")
-
-
-def test_options_beside_a_plan_are_refused() -> None:
-    with pytest.raises(InputError, match="format cannot change it"):
-        oomproof.load(oomproof.plan("tiny"), format="nf4")
-
-
-def test_a_missing_run_package_is_told_with_its_install_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        "oomproof.session.find_spec", lambda name: None if name == "bitsandbytes" else object()
+def test_sizes_and_contexts_are_read_as_text_or_as_numbers() -> None:
+    written = oomproof.plan(
+        "llama-3.1-8b", gpus="1x24GiB", context="4k", cap="20GiB", max_memory={0: "18GiB"}
     )
-    with pytest.raises(
-        MissingDependencyError, match=r"bitsandbytes is not installed.*oomproof\[run"
+    counted = oomproof.plan(
+        "llama-3.1-8b", gpus="1x24GiB", context=4096, cap=20 * GIB, max_memory={0: 18 * GIB}
+    )
+    assert written == counted
+    assert written.devices[0].usable_bytes == 18 * GIB
+
+
+def test_a_folder_may_be_a_path(folder: Path) -> None:
+    by_path, by_text = oomproof.plan(folder), oomproof.plan(str(folder))
+    assert by_path.fingerprint == by_text.fingerprint == oomproof.plan("tiny").fingerprint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context": 0},
+        {"context": -1},
+        {"concurrency": 0},
+        {"reserve": -1},
+        {"reserve": "-1GiB"},
+        {"cap": 0},
+        {"cap": -5},
+        {"max_memory": {0: -1}},
+        {"max_memory": {3: "1GiB"}},
+        {"format": ""},
+        {"kv_format": "int1"},
+        {"engine": "warp"},
+        {"gpus": "0x24GiB"},
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        oomproof.plan("tiny", **options)  # type: ignore[arg-type]
+
+
+def test_a_plan_survives_its_json_and_loads_as_before() -> None:
+    made = oomproof.plan("tiny", format="bf16", context=128)
+    again = Plan.from_json(made.to_json())
+    assert again == made
+    with oomproof.load(again) as model:
+        assert model.plan == made
+        assert model.generate("hello", max_new_tokens=3, seed=0)
+
+
+def test_load_plans_where_it_is_given_a_name_and_tells_its_progress(folder: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    with oomproof.load(
+        folder, format="nf4", context=128, progress=lambda *step: told.append(step)
+    ) as model:
+        assert model.plan.format == "nf4"
+        assert model.plan.context == 128
+    assert {stage for stage, _, _ in told} == {"load"}
+    _, done, total = told[-1]
+    assert done == total > 0
+
+
+def test_a_plan_is_loaded_as_it_is_or_not_at_all() -> None:
+    made = oomproof.plan("tiny")
+    with pytest.raises(InputError, match=r"context, format cannot change it"):
+        oomproof.load(made, context=64, format="nf4")
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(PlanDoesNotFitError, match=r"does not fit: .* missing") as refused:
+        oomproof.load("tiny", cap="1MiB")
+    assert refused.value.shortfall_bytes > 0
+    tight = oomproof.plan("tiny", format="bf16", concurrency=64)
+    peak = tight.devices[0].peak_bytes
+    with pytest.raises(PlanDoesNotFitError, match="use --context"):
+        oomproof.load("tiny", format="bf16", concurrency=64, cap=peak - 2**22)
+
+
+def test_what_no_engine_runs_is_refused_with_the_reason() -> None:
+    with pytest.raises(NotRunnableError, match="fp8 is not run by the transformers engine"):
+        oomproof.load("tiny", format="fp8")
+
+
+def test_a_plan_for_a_machine_that_is_not_here_is_not_loaded() -> None:
+    with pytest.raises(HardwareError, match=r"which is not here: plan again"):
+        oomproof.load(oomproof.plan("tiny", gpus="1x24GiB"))
+
+
+def test_a_folder_that_became_another_model_is_not_loaded(folder: Path) -> None:
+    made = oomproof.plan(folder)
+    with pytest.raises(PlanMismatchError, match="another model than the one that was planned"):
+        oomproof.load(replace(made, fingerprint="0" * 16))
+
+
+def test_a_folder_that_is_gone_since_it_was_planned_is_an_input_error(folder: Path) -> None:
+    made = oomproof.plan(folder)
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(InputError, match="no such folder"):
+        oomproof.load(made)
+
+
+def test_a_folder_of_a_config_alone_is_planned_and_not_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert oomproof.plan(folder).fits
+    with pytest.raises(CheckpointError, match="holds no safetensors weights"):
+        oomproof.load(folder)
+
+
+@pytest.mark.parametrize("load", [oomproof.load, oomproof.from_pretrained])
+def test_without_the_run_extra_loading_names_the_install_line(
+    load: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(load)
+    monkeypatch.setattr(session, "find_spec", lambda name: None if name == "jinja2" else object())
+    with pytest.raises(MissingDependencyError, match=r"jinja2 .*pip install 'oomproof\[run\]'"):
+        load("tiny")
+
+
+def test_planning_does_not_ask_for_the_run_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "find_spec", lambda _name: None)
+    assert oomproof.plan("tiny").fits
+
+
+def test_from_pretrained_places_and_quantizes_by_the_plan() -> None:
+    made = oomproof.plan("tiny", format="nf4-dq")
+    model = oomproof.from_pretrained(made)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert type(layer).__name__ == "Linear4bit"
+    assert layer.weight.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert str(layer.compute_dtype) == f"torch.{made.compute_dtype}"
+
+
+def test_two_models_answer_side_by_side() -> None:
+    with (
+        oomproof.load("tiny", format="bf16", context=64) as first,
+        oomproof.load("tiny", format="nf4", context=64) as second,
     ):
-        oomproof.load("tiny")
+        alone = first.generate("hello", seed=1, max_new_tokens=6)
+        streams = [model.stream("hello", seed=1, max_new_tokens=6) for model in (first, second)]
+        assert ["".join(stream) for stream in reversed(streams)][1] == alone

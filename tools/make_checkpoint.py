@@ -58,8 +58,10 @@ def make_checkpoint(
     """
     entry = find(like)
     if entry is None:
+        close = suggest(like)
         raise InputError(
-            f"{like!r} is not in the catalog", remedy=f"close to it: {', '.join(suggest(like))}"
+            f"{like!r} is not in the catalog",
+            remedy=f"did you mean {' or '.join(close)}?" if close else "see docs/3-models.md",
         )
     config = {**entry.config, **(overrides or {})}
     if layers is not None:

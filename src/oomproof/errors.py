@@ -18,7 +18,8 @@ An error names the value, the bound and the remedy; `str(error)` is the one line
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 
 class OomproofError(Exception):
@@ -35,6 +36,18 @@ class OomproofError(Exception):
         self.message = message
         self.remedy = remedy
         super().__init__(f"{message}: {remedy}" if remedy else message)
+
+    def __reduce__(self) -> tuple[Callable[..., OomproofError], tuple[Any, ...]]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(
+    kind: type[OomproofError], args: tuple[Any, ...], state: dict[str, Any]
+) -> OomproofError:
+    """The error as it was pickled; its constructor takes other arguments than `args`."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class InputError(OomproofError):

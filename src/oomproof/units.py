@@ -7,6 +7,7 @@ tokens. Both GB (10^9) and GiB (2^30) are read; GiB is printed.
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from oomproof.errors import InputError
 
@@ -46,7 +47,7 @@ def parse_bytes(text: str, *, what: str = "size") -> int:
     scale = _BYTE_UNITS.get(match[2].lower()) if match else None
     if match is None or scale is None:
         raise InputError(f"{what} {text!r} is not a size", remedy='write "24GiB" or "24GB"')
-    size = int(float(match[1]) * scale)
+    size = int(Fraction(match[1]) * scale)
     if not 0 < size <= MAX_BYTES:
         raise InputError(f"{what} {text!r} must be more than 0 and at most 1 PiB")
     return size
@@ -61,7 +62,7 @@ def parse_tokens(text: str, *, what: str = "context") -> int:
     match = _TOKENS.fullmatch(text)
     if match is None:
         raise InputError(f"{what} {text!r} is not a token count", remedy='write "8192" or "8k"')
-    tokens = float(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
+    tokens = Fraction(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
     if tokens != int(tokens) or not 0 < tokens <= MAX_TOKENS:
         raise InputError(f"{what} {text!r} must be a whole number from 1 to {MAX_TOKENS:,}")
     return int(tokens)

@@ -241,7 +241,7 @@ def test_chat_keeps_the_conversation_and_answers_its_commands(
     import io
 
     lines = "/help\nWho goes there?\n/bogus\nAnd then?\n/memory\n/clear\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     code, out, err = oomproof("chat", "tiny", "--seed", "1", "--max-new-tokens", "8")
     assert code == 0
     assert len(out.splitlines()) >= 2

@@ -45,7 +45,13 @@ def chat(
         say,
     )
 
-    options.check_sampling(temperature, top_k, top_p, seed)
+    options.check_sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
     session.require_run_packages()
     made = session.plan(
         model,
@@ -101,11 +107,16 @@ def _read_line() -> str | None:
             if sys.stdin.isatty():
                 sys.stderr.write("\n> ")
                 sys.stderr.flush()
-            line = sys.stdin.readline()
+            line = sys.stdin.buffer.readline()
         except KeyboardInterrupt:
             sys.stderr.write("\n(Ctrl-D or /quit to leave)\n")
             continue
-        return line or None
+        if not line:
+            return None
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            sys.stderr.write(f"error: this line is not UTF-8 text: {error.reason}\n")
 
 
 def _answer(loaded: object, history: list[dict[str, str]], **sampling: object) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from oomproof.engine.messages import SamplingOptions
+from oomproof.engine.messages import SamplingOptions, check_max_new_tokens
 from oomproof.errors import InputError
 
 Model = Annotated[
@@ -79,14 +79,24 @@ TrustRemoteCode = Annotated[
 ]
 
 
+MAX_DEVICE_INDEX_DIGITS = 6
+
+
 def check_sampling(
-    temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+    *,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
 ) -> None:
-    """Refuses sampling options out of bounds, before anything is loaded.
+    """Refuses options of an answer that are out of bounds, before anything is loaded.
 
     Raises:
         RequestError: One of them is.
     """
+    if max_new_tokens is not None:
+        check_max_new_tokens(max_new_tokens)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     SamplingOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
@@ -100,7 +110,10 @@ def parse_max_memory(values: list[str] | None) -> dict[int, int | str]:
     limits: dict[int, int | str] = {}
     for value in values or []:
         index, separator, size = value.partition("=")
-        if not separator or not index.strip().isdecimal():
-            raise InputError(f"max-memory {value!r} is not INDEX=SIZE", remedy='write "0=20GiB"')
+        index = index.strip()
+        if not separator or not index.isdecimal() or len(index) > MAX_DEVICE_INDEX_DIGITS:
+            raise InputError(
+                f"max-memory {value[:80]!r} is not INDEX=SIZE", remedy='write "0=20GiB"'
+            )
         limits[int(index)] = size
     return limits

@@ -55,7 +55,13 @@ def run(
 
     text = _read_prompt(prompt)
     # Wrong options are told before anything is loaded.
-    options.check_sampling(temperature, top_k, top_p, seed)
+    options.check_sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
     session.require_run_packages()
     made = session.plan(
         model,
@@ -109,6 +115,12 @@ def _read_prompt(prompt: str | None) -> str:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise RequestError(f"stdin is not UTF-8 text: {error}") from None
+    else:
+        try:
+            # A byte of the command line that is no UTF-8 arrives as a lone surrogate.
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is not UTF-8 text: {error.reason}") from None
     if not prompt.strip():
         raise RequestError("the prompt is empty", remedy="give it as an argument or on stdin")
     return prompt

@@ -8,8 +8,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from oomproof.engine.messages import SamplingOptions
 from oomproof.engine.model import GenerationDefaults, Message
 from oomproof.errors import CheckpointError, RequestError
+from oomproof.models.checkpoint import MAX_CONFIG_BYTES
+from oomproof.models.folder import read_bounded
 
 
 class TransformersTokenizer:
@@ -37,9 +40,9 @@ class TransformersTokenizer:
             )
         except Exception as error:
             # transformers reads config.json and the tokenizer's files, and raises a dozen types.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(
-                str(folder), f"config.json or the tokenizer's files cannot be read: {reason}"
+                str(folder),
+                f"config.json or the tokenizer's files cannot be read: {_first_line(error)}",
             ) from error
         own = self._tokenizer.eos_token_id
         self.has_chat_template = bool(self._tokenizer.chat_template)
@@ -48,30 +51,50 @@ class TransformersTokenizer:
         """Tokens that end an answer."""
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Tokens of plain text, with the special tokens that begin a document."""
+        """Tokens of plain text, with the special tokens that begin a document.
+
+        Raises:
+            RequestError: The text holds lone surrogates.
+        """
+        _require_unicode(text)
         return tuple(self._tokenizer.encode(text))
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Tokens of a conversation, up to where the answer begins.
 
         Raises:
-            RequestError: The template refuses the roles or their order.
+            RequestError: The template refuses the roles or their order, or fails; a message holds
+                lone surrogates.
         """
-        from jinja2 import TemplateError
-
+        for message in messages:
+            _require_unicode("".join(message.values()))
         try:
             encoded = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=True,
                 return_dict=True,
             )
-        except TemplateError as error:
-            raise RequestError(f"the model's chat template refuses this: {error}") from None
+        except Exception as error:
+            # A template is code of the model's: it can fail with any exception there is.
+            raise RequestError(
+                f"the model's chat template refuses this: {_first_line(error)}"
+            ) from error
         return tuple(encoded["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not UTF-8 text: {error.reason}") from None
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
@@ -86,8 +109,16 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
     if not path.is_file():
         return GenerationDefaults()
     try:
-        return TypeAdapter(GenerationDefaults).validate_json(path.read_bytes())
+        defaults = TypeAdapter(GenerationDefaults).validate_json(
+            read_bounded(path, bound_bytes=MAX_CONFIG_BYTES)
+        )
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "JSON"
         raise CheckpointError(str(path), f"field {field!r}: {first['msg']}") from None
+    given = {"temperature": defaults.temperature, "top_k": defaults.top_k, "top_p": defaults.top_p}
+    try:
+        SamplingOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except RequestError as error:
+        raise CheckpointError(str(path), error.message) from None
+    return defaults

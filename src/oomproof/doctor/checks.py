@@ -5,6 +5,7 @@ A check is one function in CHECKS; it looks at nothing but its argument.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,7 +16,12 @@ from oomproof.hardware.spec import DeviceSpec
 from oomproof.units import GIB, format_bytes
 
 INSTALL_RUN = "pip install 'oomproof[run]'"
+_REINSTALL_TORCH = "pip install --force-reinstall torch"
 _MIN_FLASH_ATTENTION_CAPABILITY = (8, 0)
+
+_ARCHITECTURE = re.compile(
+    r"(?P<kind>sm|compute)_(?P<major>\d{1,2})(?P<minor>\d)(?P<suffix>[af]?)", re.ASCII
+)
 
 Status = Literal["ok", "limited", "missing"]
 
@@ -80,6 +86,8 @@ def check_gpu(facts: Facts) -> Verdict:
         )
     driver = facts.hardware.driver_version if facts.hardware else None
     seen = f"{len(gpus)} × {gpus[0].name}, driver {driver or 'unknown'}"
+    if torch is None and facts.torch_error is not None:
+        return _broken_torch("GPU", facts.torch_error)
     if torch is None:
         return Verdict(
             capability="GPU", status="missing", detail=f"{seen}; no torch", remedy=INSTALL_RUN
@@ -89,7 +97,7 @@ def check_gpu(facts: Facts) -> Verdict:
             capability="GPU",
             status="missing",
             detail=f"{seen}; torch is a CPU build",
-            remedy="pip install --force-reinstall torch",
+            remedy=_REINSTALL_TORCH,
         )
     if not torch.sees_cuda:
         newest = facts.hardware.cuda_driver_version if facts.hardware else None
@@ -100,6 +108,15 @@ def check_gpu(facts: Facts) -> Verdict:
             f"the driver supports up to {newest or 'unknown'}",
             remedy="update the NVIDIA driver, or install a torch built for an older CUDA",
         )
+    for gpu in gpus:
+        if not _has_kernels(torch.architectures, gpu.compute_capability):
+            return Verdict(
+                capability="GPU",
+                status="missing",
+                detail=f"{seen}; torch has no kernels for {gpu.name} (compute capability "
+                f"{_dotted(gpu.compute_capability)}), only for {', '.join(torch.architectures)}",
+                remedy="pip install --upgrade torch",
+            )
     return Verdict(capability="GPU", status="ok", detail=f"{seen}, CUDA {torch.cuda_build}")
 
 
@@ -115,18 +132,15 @@ def check_run_packages(facts: Facts) -> Verdict:
             remedy=INSTALL_RUN,
         )
     if facts.torch_error is not None:
-        return Verdict(
-            capability="run models",
-            status="missing",
-            detail=f"torch cannot be imported: {facts.torch_error}",
-            remedy="pip install --force-reinstall torch",
-        )
+        return _broken_torch("run models", facts.torch_error)
     versions = ", ".join(f"{name} {facts.packages[name]}" for name in needed)
     return Verdict(capability="run models", status="ok", detail=versions)
 
 
 def check_4bit(facts: Facts) -> Verdict:
     """Whether bitsandbytes computes a 4-bit product here."""
+    if facts.torch_error is not None:
+        return _broken_torch("4-bit", facts.torch_error)
     if "bitsandbytes" not in facts.packages or facts.torch is None:
         return Verdict(
             capability="4-bit",
@@ -135,10 +149,11 @@ def check_4bit(facts: Facts) -> Verdict:
             remedy=INSTALL_RUN,
         )
     if not facts.bitsandbytes_works:
+        problem = facts.bitsandbytes_error or "its result is not finite"
         return Verdict(
             capability="4-bit",
             status="missing",
-            detail=f"a product with an NF4 weight failed: {facts.bitsandbytes_error}",
+            detail=f"a product with an NF4 weight failed: {problem}",
             remedy="pip install --upgrade bitsandbytes",
         )
     return Verdict(capability="4-bit", status="ok", detail="a product with an NF4 weight is right")
@@ -192,6 +207,44 @@ CHECKS: tuple[Callable[[Facts], Verdict], ...] = (
     check_fp8,
     check_flash_attention,
 )
+
+
+def _broken_torch(capability: str, error: str) -> Verdict:
+    return Verdict(
+        capability=capability,
+        status="missing",
+        detail=f"torch cannot be imported: {error}",
+        remedy=_REINSTALL_TORCH,
+    )
+
+
+def _has_kernels(architectures: tuple[str, ...], capability: tuple[int, int] | None) -> bool:
+    """Whether kernels built for "sm_90", … run on a GPU of this compute capability.
+
+    A kernel runs on its own major version from its minor on; "compute_90" (PTX) on every later
+    one; a suffix, as in "sm_90a", ties it to exactly that GPU (CUDA programming guide, "Binary
+    compatibility" and "Application compatibility").
+    """
+    if capability is None or not architectures:
+        return True
+    for architecture in architectures:
+        found = _ARCHITECTURE.fullmatch(architecture)
+        if found is None:
+            continue
+        target = (int(found["major"]), int(found["minor"]))
+        if found["suffix"]:
+            runs = target == capability
+        elif found["kind"] == "compute":
+            runs = target <= capability
+        else:
+            runs = target[0] == capability[0] and target[1] <= capability[1]
+        if runs:
+            return True
+    return False
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return "unknown" if capability is None else f"{capability[0]}.{capability[1]}"
 
 
 def _gpus(facts: Facts) -> tuple[DeviceSpec, ...]:

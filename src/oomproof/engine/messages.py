@@ -9,6 +9,17 @@ from oomproof.errors import RequestError
 
 MAX_NEW_TOKENS = 1_000_000
 
+
+def check_max_new_tokens(count: int) -> None:
+    """Refuses a bound of an answer that makes no sense.
+
+    Raises:
+        RequestError: It is not from 1 to MAX_NEW_TOKENS.
+    """
+    if not 1 <= count <= MAX_NEW_TOKENS:
+        raise RequestError(f"max-new-tokens {count} must be from 1 to {MAX_NEW_TOKENS:,}")
+
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -51,10 +62,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt_tokens:
             raise RequestError("the prompt is empty", remedy="give at least one token")
-        if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
-            raise RequestError(
-                f"max-new-tokens {self.max_new_tokens} must be from 1 to {MAX_NEW_TOKENS:,}"
-            )
+        check_max_new_tokens(self.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceTerms:
-    """Predicted bytes of one device, each a term of docs/memory-model.md."""
+    """Predicted bytes of one device, each a term of docs/4-memory-model.md."""
 
     cuda_context: int = 0
     """CUDA context and loaded modules, outside torch's allocator."""

@@ -13,6 +13,8 @@ from oomproof.models.spec import CheckpointSpec, ModelSource, ModelSpec
 
 _WEIGHT_DTYPES = frozenset({DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.FLOAT64})
 
+MAX_NAME = 4096
+"""Characters of a name, the longest path that Linux takes."""
 BUNDLED = "tiny"
 """Name of the model that the package ships."""
 
@@ -35,8 +37,20 @@ def resolve(name: str, *, revision: str | None = None) -> ModelSpec:
     """
     if name == BUNDLED:
         return _from_folder(bundled_folder(), id=BUNDLED)
-    path = Path(name).expanduser()
-    if path.exists() or _is_path(name):
+    if len(name) > MAX_NAME or not name.isprintable():
+        shown = name if len(name) <= 60 else name[:60] + "…"
+        raise ModelNotFoundError(
+            f"{shown!r} is no name of a model",
+            remedy=f"give at most {MAX_NAME} printable characters",
+        )
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except RuntimeError:  # no such user
+        raise ModelNotFoundError(f"{name!r}: there is no such home folder") from None
+    except OSError as error:
+        raise ModelNotFoundError(f"{name}: cannot be looked at ({error.strerror})") from None
+    if exists or _is_path(name):
         return _from_folder(path, id=name)
     entry = find(name)
     if entry is not None and revision is None:
@@ -86,7 +100,7 @@ def _from_hub(name: str, *, revision: str | None) -> ModelSpec:
     from oomproof.models.hub import is_hub_id, read_hub
 
     close = suggest(name)
-    hint = f"did you mean {' or '.join(close)}?" if close else "see docs/models.md for the names"
+    hint = f"did you mean {' or '.join(close)}?" if close else "see docs/3-models.md for the names"
     if not is_hub_id(name) or "/" not in name:
         raise ModelNotFoundError(
             f"{name!r} is no folder here, no hub id (org/name), and not in the catalog", remedy=hint

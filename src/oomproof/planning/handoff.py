@@ -34,7 +34,7 @@ def device_map(plan: Plan) -> dict[str, int | str]:
             first, last = device.layers
             for layer in range(first, last + 1):
                 placed[f"{prefix}.layers.{layer}"] = target(device)
-    placed[f"{prefix}.norm"] = target(used[-1])
+    placed[f"{prefix}.norm"] = next(target(device) for device in used if device.holds_norm)
     placed["lm_head"] = next(target(device) for device in used if device.holds_head)
     return placed
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from oomproof.errors import InputError
+from oomproof.formats import FORMATS, DType
 from oomproof.hardware.spec import DeviceKind
+from oomproof.memory.kv_cache import KV_FORMATS
+from oomproof.memory.profiles import QUANTIZED_ROLES
 from oomproof.memory.terms import DeviceTerms, HostTerms
 from oomproof.models.spec import ModelSource
 from oomproof.planning.speed import TokensPerSecond
@@ -30,6 +33,8 @@ class DevicePlan:
     layers: tuple[int, int] | None
     """First and last decoder layer, both included; None where it holds none."""
     holds_embedding: bool
+    holds_norm: bool
+    """Whether the final norm is here; the head is too, unless it is tied to the embedding."""
     holds_head: bool
     terms: DeviceTerms
 
@@ -41,7 +46,7 @@ class DevicePlan:
     @property
     def in_use(self) -> bool:
         """Whether any part of the model is placed here."""
-        return self.holds_embedding or self.holds_head or self.layers is not None
+        return self.holds_embedding or self.holds_norm or self.layers is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +129,7 @@ class Plan:
         return tuple(sorted(used, key=lambda d: (not d.holds_embedding, d.layers or (1 << 30, 0))))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as `plan --json` prints them (docs/plan-json.md)."""
+        """Plain values, as `plan --json` prints them (docs/1-planning.md)."""
         plain = asdict(self)
         for device, values in zip(self.devices, plain["devices"], strict=True):
             values["peak_bytes"] = device.peak_bytes
@@ -149,7 +154,7 @@ class Plan:
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            plan = TypeAdapter(cls).validate_json(text)
+            plan = TypeAdapter(cls).validate_json(text, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "JSON"
@@ -158,6 +163,8 @@ class Plan:
             ) from None
         if plan.schema != SCHEMA:
             raise InputError(f"{file}: plan schema {plan.schema} is not {SCHEMA}")
+        if (problem := _impossible(plan)) is not None:
+            raise InputError(f"{file}: not a plan of schema {SCHEMA}: {problem}")
         return plan
 
     def to_transformers(self) -> Mapping[str, Any]:
@@ -165,3 +172,30 @@ class Plan:
         from oomproof.planning.handoff import to_transformers
 
         return to_transformers(self)
+
+
+def _impossible(plan: Plan) -> str | None:
+    """What no plan that was made here can say; None where it is sound."""
+    known: tuple[tuple[str, str, Collection[str]], ...] = (
+        ("format", plan.format, FORMATS),
+        ("kv_format", plan.kv_format, KV_FORMATS),
+        ("compute_dtype", plan.compute_dtype, tuple(DType)),
+        ("engine", plan.engine, QUANTIZED_ROLES),
+    )
+    for field, value, allowed in known:
+        if value not in allowed:
+            return f"{field}: {value[:40]!r} is none of {', '.join(allowed)}"
+    for field, number in (("context", plan.context), ("concurrency", plan.concurrency)):
+        if number < 1:
+            return f"{field}: {number} is not at least 1"
+    if not plan.devices:
+        return "devices: there is none"
+    for position, device in enumerate(plan.devices):
+        where = f"devices.{position}"
+        if device.layers is not None and not 0 <= device.layers[0] <= device.layers[1]:
+            return f"{where}.layers: {list(device.layers)} is no range of layers"
+        sizes = {"usable_bytes": device.usable_bytes, **device.terms.as_dict()}
+        for name, size in sizes.items():
+            if size < 0:
+                return f"{where}.{name}: {size} is negative"
+    return None

@@ -52,3 +52,11 @@ class PlanRequest:
             raise InputError(f"concurrency {self.concurrency} must be from 1 to {MAX_CONCURRENCY}")
         if self.reserve_bytes < 0:
             raise InputError(f"reserve {self.reserve_bytes} must not be negative")
+        if self.cap_bytes is not None and self.cap_bytes < 1:
+            raise InputError(f"cap {self.cap_bytes} must be at least 1 byte")
+        for index, limit_bytes in self.max_memory.items():
+            if limit_bytes < 0:
+                raise InputError(
+                    f"max-memory {limit_bytes} of device {index} must not be negative",
+                    remedy="0 keeps the plan off the device",
+                )

@@ -284,6 +284,7 @@ class _Planner:
             usable_bytes=slot.usable_bytes,
             layers=(first_layer, last_layer) if first_layer <= last_layer else None,
             holds_embedding=holds_embedding,
+            holds_norm=holds_last_unit,
             holds_head=holds_embedding if tied else holds_last_unit,
             terms=candidate.terms(slot),
         )

@@ -1,0 +1,216 @@
+"""Predicted tokens per second: bytes over bandwidth, never above the hardware's limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oomproof.formats import FORMATS, DType, get_format
+from oomproof.hardware.describe import describe
+from oomproof.hardware.spec import DeviceSpec, HostSpec
+from oomproof.memory.model import Demand, MemoryModel, WeightCosts
+from oomproof.memory.profiles import engine_profile
+from oomproof.models.resolve import resolve
+from oomproof.models.spec import ModelSpec
+from oomproof.planning.plan import Plan
+from oomproof.planning.request import PlanRequest
+from oomproof.planning.search import make_plan
+from oomproof.planning.speed import (
+    CALIBRATIONS,
+    TokensPerSecond,
+    calibration,
+    predict_speed,
+)
+from oomproof.units import GIB
+
+law = settings(derandomize=True, deadline=None, max_examples=40)
+HOST = HostSpec(
+    total_ram_bytes=64 * GIB, available_ram_bytes=60 * GIB, free_disk_bytes=None, cpu_count=8
+)
+UNKNOWN = TokensPerSecond(decode=None, decode_total=None, prefill=None)
+
+
+@cache
+def known(name: str) -> ModelSpec:
+    return resolve(name)
+
+
+def gpu(
+    index: int = 0, *, bandwidth: float | None = 2e12, flops: float | None = 3e14
+) -> DeviceSpec:
+    return DeviceSpec(
+        index=index,
+        name=f"GPU {index}",
+        kind="cuda",
+        total_bytes=80 * GIB,
+        free_bytes=80 * GIB,
+        bandwidth_bytes_per_s=bandwidth,
+        flops_per_s=flops,
+    )
+
+
+@cache
+def memory_model(
+    name: str, format_name: str, context: int = 8192, concurrency: int = 1
+) -> MemoryModel:
+    profile = engine_profile("transformers", gpu(), HOST)
+    costs = WeightCosts(known(name), FORMATS[format_name], profile, DType.BFLOAT16)
+    demand = Demand(context=context, concurrency=concurrency, kv_dtype=DType.BFLOAT16)
+    return MemoryModel(costs, demand)
+
+
+def speed(name: str, format_name: str, *devices: DeviceSpec, **demand: int) -> TokensPerSecond:
+    """Speed with the units spread evenly over the devices."""
+    model = memory_model(name, format_name, **demand)
+    bounds = [round(model.num_units * i / len(devices)) for i in range(len(devices) + 1)]
+    stages = [(d, model, bounds[i], bounds[i + 1]) for i, d in enumerate(devices)]
+    return predict_speed(known(name), get_format(format_name), "transformers", stages)
+
+
+def planned(name: str, gpus: str, **options: Any) -> Plan:
+    return make_plan(known(name), describe(gpus, host=HOST), PlanRequest(**options))
+
+
+def test_efficiencies_are_shares_of_the_datasheet_and_dated() -> None:
+    for each in CALIBRATIONS.values():
+        assert 0 < each.bandwidth_efficiency <= 1
+        assert 0 < each.flops_efficiency <= 1
+        assert each.layer_overhead_s > 0
+        assert each.measured.startswith("20")
+
+
+@pytest.mark.parametrize(
+    ("format_name", "kind"),
+    [
+        ("bf16", "16-bit"),
+        ("fp16", "16-bit"),
+        ("llm-int8", "llm-int8"),
+        ("nf4", "4-bit"),
+        ("nf4-dq", "4-bit"),
+        ("fp4", "4-bit"),
+    ],
+)
+def test_a_format_takes_the_calibration_of_its_kind(format_name: str, kind: str) -> None:
+    found = calibration("transformers", get_format(format_name))
+    assert found is CALIBRATIONS["transformers", kind]
+
+
+def test_every_format_has_a_calibration() -> None:
+    for weight_format in FORMATS.values():
+        assert calibration("transformers", weight_format) in CALIBRATIONS.values()
+
+
+def test_decode_reads_every_weight_and_half_of_the_cache_once_a_token() -> None:
+    # So slow a memory that launches do not matter.
+    found = speed("llama-3.1-8b", "bf16", gpu(bandwidth=1e10))
+    model = memory_model("llama-3.1-8b", "bf16")
+    read = model.traffic_bytes() + model.kv_bytes() // 2
+    efficiency = CALIBRATIONS["transformers", "16-bit"].bandwidth_efficiency
+    assert found.decode == pytest.approx(1e10 * efficiency / read, rel=0.005)
+
+
+def test_decode_is_bound_by_launches_on_a_very_fast_memory() -> None:
+    overhead_s = CALIBRATIONS["transformers", "4-bit"].layer_overhead_s
+    found = speed("llama-3.1-8b", "nf4", gpu(bandwidth=1e18))
+    assert found.decode == pytest.approx(1 / (34 * overhead_s), rel=0.005)
+
+
+def test_devices_in_a_row_take_turns() -> None:
+    alone = speed("llama-3.1-8b", "bf16", gpu(bandwidth=1e10)).decode
+    shared = speed("llama-3.1-8b", "bf16", gpu(bandwidth=1e10), gpu(1, bandwidth=1e10)).decode
+    uneven = speed("llama-3.1-8b", "bf16", gpu(bandwidth=1e10), gpu(1, bandwidth=1e9)).decode
+    assert alone == pytest.approx(shared, rel=0.01)
+    assert uneven is not None
+    assert alone is not None
+    assert uneven < alone / 2
+
+
+def test_prefill_is_bound_by_flops() -> None:
+    found = speed("llama-3.1-8b", "bf16", gpu(flops=1e12))
+    parameters = known("llama-3.1-8b").num_parameters - 128_256 * 4096
+    efficiency = CALIBRATIONS["transformers", "16-bit"].flops_efficiency
+    assert found.prefill == pytest.approx(1e12 * efficiency / (2 * parameters), rel=0.005)
+
+
+def test_a_mixture_computes_only_the_experts_of_a_token() -> None:
+    dense, mixture = (
+        speed(name, "bf16", gpu(bandwidth=1e10, flops=1e12))
+        for name in ("llama-2-70b", "mixtral-8x7b")
+    )
+    # 69 and 12.7 billion parameters for each token.
+    for slow, fast in ((dense.decode, mixture.decode), (dense.prefill, mixture.prefill)):
+        assert slow is not None
+        assert fast is not None
+        assert 4 < fast / slow < 7
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_nothing_is_predicted_where_a_bandwidth_is_not_known(position: int) -> None:
+    devices = [gpu(0), gpu(1)]
+    devices[position] = replace(devices[position], bandwidth_bytes_per_s=None)
+    assert speed("llama-3.1-8b", "bf16", *devices) == UNKNOWN
+    assert planned("llama-3.1-8b", "24GiB").tokens_per_second == UNKNOWN
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_only_decode_is_predicted_where_a_flop_rate_is_not_known(position: int) -> None:
+    devices = [gpu(0), gpu(1)]
+    devices[position] = replace(devices[position], flops_per_s=None)
+    found = speed("llama-3.1-8b", "bf16", *devices)
+    assert found.prefill is None
+    assert found.decode == speed("llama-3.1-8b", "bf16", gpu(), gpu(1)).decode
+
+
+def test_the_h200_is_predicted_within_reach_of_what_it_measured() -> None:
+    for format_name, decode, prefill in (
+        ("bf16", 45.0, 15_200),
+        ("nf4", 34.4, 12_700),
+        ("llm-int8", 14.0, 7_200),
+    ):
+        found = planned("llama-3.1-8b", "H200", format=format_name).tokens_per_second
+        assert found.decode == pytest.approx(decode, rel=0.15)
+        assert found.prefill == pytest.approx(prefill, rel=0.15)
+
+
+def test_figures_have_three_digits() -> None:
+    found = speed("llama-3.1-8b", "bf16", gpu(bandwidth=1.2345e12))
+    for value in (found.decode, found.decode_total, found.prefill):
+        assert value is not None
+        assert value == float(f"{value:.3g}")
+
+
+@law
+@given(
+    name=st.sampled_from(["llama-3.1-8b", "llama-3.2-1b", "mixtral-8x7b", "gemma-2-9b"]),
+    format_name=st.sampled_from(sorted(FORMATS)),
+    context=st.integers(1, 8192),
+    bandwidth=st.floats(1e9, 1e13),
+    faster=st.floats(1, 100),
+    concurrency=st.integers(1, 8),
+)
+def test_speed_never_beats_the_memory_and_never_falls_with_faster_memory(
+    name: str,
+    format_name: str,
+    context: int,
+    bandwidth: float,
+    faster: float,
+    concurrency: int,
+) -> None:
+    def at(bandwidth: float, context: int = context) -> float:
+        found = speed(
+            name, format_name, gpu(bandwidth=bandwidth), context=context, concurrency=concurrency
+        )
+        assert found.decode is not None
+        assert found.decode_total is not None
+        assert found.decode_total >= found.decode > 0
+        return found.decode
+
+    model = memory_model(name, format_name, context, concurrency)
+    assert at(bandwidth) <= 1.01 * bandwidth / model.traffic_bytes()
+    assert at(bandwidth) <= at(bandwidth * faster)
+    assert at(bandwidth, context=8192) <= at(bandwidth)
