@@ -19,10 +19,11 @@ from oomproof.memory.profiles import QUANTIZED_ROLES, engine_profile
 from oomproof.memory.weights import stored
 from oomproof.models.resolve import resolve
 from oomproof.models.spec import ModelSpec, Role
-from oomproof.planning.placement import Placement, Slot, can_place, place
+from oomproof.planning.placement import Slot, can_place, place_fastest
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
+from oomproof.planning.shortfall import least_shortfall
 from oomproof.units import GIB
 
 GB = 10**9
@@ -269,7 +270,7 @@ def test_placement_equals_brute_force_on_small_cases(mebibytes: list[int]) -> No
     spec = _small_llama()
     slots = _slots(spec, [size * 2**20 for size in mebibytes])
     expected = _brute_force(slots)
-    found: Placement = place(slots)
+    found = place_fastest(slots) or least_shortfall(slots)
     assert can_place(slots) == (expected == 0)
     assert found.shortfall_bytes == expected
     held = sorted(found.ranges.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, combinations_with_replacement, pairwise, permutations
+from math import inf
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,8 @@ from oomproof.hardware.spec import DeviceSpec, HostSpec
 from oomproof.memory.model import Demand, MemoryModel, WeightCosts
 from oomproof.memory.profiles import engine_profile
 from oomproof.models.spec import ModelSpec
-from oomproof.planning.placement import Placement, Slot, can_place, place, reach
+from oomproof.planning.placement import Placement, Slot, can_place, place_fastest, reach
+from oomproof.planning.shortfall import least_shortfall
 from oomproof.units import GIB, MIB
 from tests.models.configs import SMALL_CONFIGS, small, spec_of
 
@@ -22,6 +25,7 @@ law = settings(derandomize=True, deadline=None, max_examples=60)
 HOST = HostSpec(
     total_ram_bytes=64 * GIB, available_ram_bytes=60 * GIB, free_disk_bytes=None, cpu_count=8
 )
+HOP_S = 1e-6
 CAPABILITIES = ((7, 5), (8, 0), (9, 0), None)
 
 
@@ -81,7 +85,21 @@ def slot(
         compute_capability=capability,
         bandwidth_bytes_per_s=bandwidth,
     )
-    return Slot(device=device, usable_bytes=usable_bytes, model=model)
+    seconds = tuple(
+        model.traffic_bytes(unit, unit + 1) / (bandwidth or 1e12) for unit in range(model.num_units)
+    )
+    return Slot(
+        device=device,
+        usable_bytes=usable_bytes,
+        model=model,
+        unit_seconds=seconds,
+        alone_seconds=sum(seconds),
+        hop_seconds=HOP_S,
+    )
+
+
+def place(slots: list[Slot]) -> Placement:
+    return place_fastest(slots) or least_shortfall(slots)
 
 
 @st.composite
@@ -130,6 +148,29 @@ def brute_force(slots: list[Slot]) -> int:
     )
 
 
+def fastest(slots: list[Slot]) -> float:
+    """The least time of a decode step over every order and every split that fits; inf for none."""
+    num_units = slots[0].model.num_units
+    best = inf
+    for count in range(1, len(slots) + 1):
+        for order in permutations(slots, count):
+            for cuts in combinations(range(1, num_units), count - 1):
+                ranges = list(pairwise((0, *cuts, num_units)))
+                held = list(zip(order, ranges, strict=True))
+                if all(
+                    each.model.terms(*part).peak_bytes <= each.usable_bytes for each, part in held
+                ):
+                    best = min(best, seconds_of(held))
+    return best
+
+
+def seconds_of(held: Sequence[tuple[Slot, tuple[int, int]]]) -> float:
+    if len(held) == 1:
+        return held[0][0].alone_seconds
+    hops = sum(each.hop_seconds for each, _ in held[1:])
+    return hops + sum(sum(each.unit_seconds[first:end]) for each, (first, end) in held)
+
+
 def missing_bytes(placement: Placement, slots: list[Slot]) -> int:
     by_index = {each.device.index: each for each in slots}
     return sum(
@@ -156,6 +197,32 @@ def test_feasibility_and_least_shortfall_equal_brute_force(slots: list[Slot]) ->
     assert found.fits == (expected == 0)
     assert missing_bytes(found, slots) == expected
     assert_ranges_cover_the_model_in_order(found, slots)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(machines(), st.lists(st.sampled_from([1e11, 4e11, 1e12]), min_size=4, max_size=4))
+def test_the_placement_is_the_fastest_that_fits(slots: list[Slot], bandwidths: list[float]) -> None:
+    slots = [
+        slot(each.device.index, each.usable_bytes, each.model, bandwidth=bandwidth)
+        for each, bandwidth in zip(slots[:3], bandwidths[: len(slots[:3])], strict=True)
+    ]
+    found = place_fastest(slots)
+    expected = fastest(slots)
+    assert (found is None) == (expected == inf)
+    if found is not None:
+        by_index = {each.device.index: each for each in slots}
+        held = [(by_index[index], part) for index, part in found.ranges.items()]
+        assert seconds_of(held) == pytest.approx(expected, rel=1e-8)
+        assert missing_bytes(found, slots) == 0
+        assert_ranges_cover_the_model_in_order(found, slots)
+
+
+def test_a_slower_device_takes_no_more_than_the_faster_one_leaves() -> None:
+    model = memory_model((8, False), "bf16", None, 4096)
+    large = model.terms(0, 9).peak_bytes
+    slots = [slot(0, large, model, bandwidth=4e11), slot(1, large, model, bandwidth=2e12)]
+    found = place(slots)
+    assert {index: end - first for index, (first, end) in found.ranges.items()}[1] == 9
 
 
 @law

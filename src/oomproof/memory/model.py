@@ -59,6 +59,27 @@ class WeightCosts:
         self.traffic = [0, *accumulate(unit.traffic for unit in units)]
         self.staging = [unit.staging for unit in units]
         self.largest_linear = [unit.largest_linear for unit in units]
+        self.largest_staging_of = _RangeMaximum(self.staging)
+        self.largest_linear_of = _RangeMaximum(self.largest_linear)
+
+
+class _RangeMaximum:
+    """The largest value of any range of a row, in constant time: a sparse table."""
+
+    def __init__(self, values: Sequence[int]) -> None:
+        # Row k holds the largest of each 2^k neighbours.
+        self._rows = [list(values)]
+        width = 1
+        while 2 * width <= len(values):
+            row = self._rows[-1]
+            self._rows.append(list(map(max, row, row[width:])))
+            width *= 2
+
+    def __call__(self, first: int, end: int) -> int:
+        """The largest of values first … end-1; the range is not empty."""
+        power = (end - first).bit_length() - 1
+        row = self._rows[power]
+        return max(row[first], row[end - (1 << power)])
 
 
 class MemoryModel:
@@ -116,6 +137,11 @@ class MemoryModel:
         """KV cache bytes of units first … end-1."""
         return self._kv[self.num_units if end is None else end] - self._kv[first]
 
+    def overhead_bytes(self, largest_linear: int, *, has_head: bool = False) -> int:
+        """What one of several devices needs at least, besides its units' weights and cache."""
+        fixed = self.profile.context_bytes + self.profile.margin_bytes + self._comm_bytes
+        return fixed + self._workspace(largest_linear, has_head)
+
     def terms(self, first: int, end: int) -> DeviceTerms:
         """Terms of a device that holds units first … end-1 (nothing where they are equal)."""
         if first >= end:
@@ -125,11 +151,31 @@ class MemoryModel:
             weights=self.weights_bytes(first, end),
             kv_cache=self.kv_bytes(first, end),
             workspace=self._workspace(
-                max(self.costs.largest_linear[first:end]), self._computes_logits(first, end)
+                self.costs.largest_linear_of(first, end), self._computes_logits(first, end)
             ),
-            staging=max(self.costs.staging[first:end]),
+            staging=self.costs.largest_staging_of(first, end),
             comm=0 if end - first == self.num_units else self._comm_bytes,
             margin=self.profile.margin_bytes,
+        )
+
+    def peak_bytes(self, first: int, end: int) -> int:
+        """The peak of a device that holds units first … end-1; equals that of `terms`."""
+        costs = self.costs
+        running = (
+            self._kv[end]
+            - self._kv[first]
+            + self._workspace(
+                costs.largest_linear_of(first, end), self._computes_logits(first, end)
+            )
+        )
+        if end - first < self.num_units:
+            running += self._comm_bytes
+        return (
+            self.profile.context_bytes
+            + self.profile.margin_bytes
+            + costs.weights[end]
+            - costs.weights[first]
+            + max(costs.largest_staging_of(first, end), running)
         )
 
     def peaks_from(self, first: int) -> Sequence[int]:

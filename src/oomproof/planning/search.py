@@ -15,9 +15,10 @@ from oomproof.memory.profiles import EngineProfile, engine_profile
 from oomproof.memory.terms import DeviceTerms, HostTerms
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.explain import misfit, why_not_runnable
-from oomproof.planning.placement import Placement, Slot, can_place, place
+from oomproof.planning.placement import Placement, Slot, can_place, place_fastest
 from oomproof.planning.plan import Alternative, DevicePlan, HostPlan, Plan
 from oomproof.planning.request import DEFAULT_CONTEXT, PlanRequest
+from oomproof.planning.shortfall import least_shortfall
 from oomproof.planning.speed import predict_speed
 
 
@@ -46,7 +47,7 @@ class Candidate:
     @cached_property
     def placement(self) -> Placement:
         """Ranges of units for the devices."""
-        return place(self.slots)
+        return place_fastest(self.slots) or least_shortfall(self.slots)
 
     @cached_property
     def shortfall_bytes(self) -> int:
