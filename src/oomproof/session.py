@@ -7,11 +7,12 @@ from_pretrained(model, …)  → an ordinary transformers model, placed by a pla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from oomproof.errors import (
     InputError,
@@ -25,8 +26,9 @@ from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import Hardware
 from oomproof.models.resolve import resolve, with_checkpoint
 from oomproof.models.spec import ModelSpec
+from oomproof.planning.notes import read_notes
 from oomproof.planning.plan import Plan
-from oomproof.planning.request import PlanRequest
+from oomproof.planning.request import Offload, PlanRequest
 from oomproof.planning.search import make_plan
 from oomproof.units import format_bytes, parse_bytes, parse_tokens
 
@@ -46,11 +48,13 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
     format: str = "auto",  # noqa: A002 - the command line's word
     kv_format: str = "auto",
     context: int | str | None = None,
-    concurrency: int = 1,
-    max_memory: Mapping[int, int | str] | None = None,
+    concurrency: int | str = 1,
+    max_memory: Mapping[int | Literal["cpu"], int | str] | None = None,
     reserve: int | str = 0,
     cap: int | str | None = None,
     engine: str = "auto",
+    offload: str = "none",
+    force: bool = False,
     revision: str | None = None,
 ) -> Plan:
     """Plans a model on this machine, or on a described one.
@@ -62,30 +66,34 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         kv_format: "bf16", "fp16", "fp8", or "auto".
         context: Prompt and answer in tokens (8192, "8k"), "auto" for the largest that fits, None
             for min(8192, the model's maximum).
-        concurrency: Requests at once.
-        max_memory: Device index → most bytes the plan may use there ("20GiB").
+        concurrency: Requests at once; "auto" for as many as fit.
+        max_memory: Device index → most bytes the plan may use there ("20GiB"); "cpu" → host RAM.
         reserve: Free memory of each device to leave alone.
         cap: Most bytes of each device, enforced while running too.
         engine: "transformers", or "auto".
+        offload: "cpu" keeps layers that fit on no device in host memory, streamed in every step.
+        force: Accepts a plan that streams at less than a token a second.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
         InputError: Any of these cannot be understood or served; see oomproof.errors.
     """
     spec = resolve(str(model), revision=revision)
+    limits = {index: _bytes(size, "max-memory") or 0 for index, size in (max_memory or {}).items()}
     request = PlanRequest(
         format=format,
         kv_format=kv_format,
         context=_tokens(context),
-        concurrency=concurrency,
+        concurrency=_count(concurrency),
         reserve_bytes=_bytes(reserve, "reserve") or 0,
-        max_memory={
-            index: _bytes(size, "max-memory") or 0 for index, size in (max_memory or {}).items()
-        },
+        max_memory={index: size for index, size in limits.items() if index != "cpu"},
+        max_host_bytes=limits.get("cpu"),
         cap_bytes=_bytes(cap, "cap"),
         engine=engine,
+        offload=cast(Offload, offload),
+        force=force,
     )
-    return make_plan(spec, _hardware(gpus), request)
+    return make_plan(spec, _hardware(gpus), request, read_notes() if gpus is None else None)
 
 
 def load(
@@ -225,6 +233,8 @@ def _refuse_unexecutable(agreed: Plan) -> None:
             shortfall_bytes=agreed.shortfall_bytes,
             remedy=_what_would_fit(agreed),
         )
+    if agreed.refused is not None:
+        raise NotRunnableError(agreed.refused, remedy="use a smaller format, or --force")
 
 
 def _what_would_fit(agreed: Plan) -> str:
@@ -264,6 +274,19 @@ def _tokens(context: int | str | None) -> int | Literal["auto"] | None:
     if context is None or isinstance(context, int):
         return context
     return "auto" if context == "auto" else parse_tokens(context)
+
+
+def _count(concurrency: int | str) -> int | Literal["auto"]:
+    if isinstance(concurrency, int):
+        return concurrency
+    if concurrency == "auto":
+        return "auto"
+    if not re.fullmatch(r"-?[0-9]+", concurrency):
+        raise InputError(
+            f"concurrency {concurrency[:40]!r} is no whole number", remedy='write "4" or "auto"'
+        )
+    # PlanRequest refuses what is out of bounds; a number of a thousand digits need not be read.
+    return int(concurrency[:40])
 
 
 def _bytes(size: int | str | None, what: str) -> int | None:

@@ -46,7 +46,7 @@ def test_no_command_shows_the_help() -> None:
         ("--nope",),
         ("plan",),
         ("plan", "tiny", "--nope"),
-        ("plan", "tiny", "--concurrency", "many"),
+        ("plan", "tiny", "--temperature"),
         ("run", "tiny", "hi", "--seed", "x"),
         ("run", "tiny", "hi", "--temperature", "hot"),
         ("run", "tiny", "hi", "there"),

@@ -109,9 +109,9 @@ def test_the_peak_is_the_equation_of_the_design() -> None:
 
 
 def test_the_hosts_peak_is_the_sum_of_its_terms() -> None:
-    terms = HostTerms(runtime=1, staging=20, pinned=300, margin=4000)
-    assert terms.peak_bytes == 4321
-    assert terms.as_dict() == {"runtime": 1, "staging": 20, "pinned": 300, "margin": 4000}
+    terms = HostTerms(runtime=1, staging=20, pinned=300, offloaded=4000, margin=50000)
+    assert terms.peak_bytes == 54321
+    assert list(terms.as_dict()) == ["runtime", "staging", "pinned", "offloaded", "margin"]
 
 
 @law

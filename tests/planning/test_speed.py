@@ -22,8 +22,12 @@ from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
 from oomproof.planning.speed import (
     CALIBRATIONS,
+    HOP_S,
+    SpeedModel,
     TokensPerSecond,
     calibration,
+    host_link_bytes_per_s,
+    load_seconds,
     predict_speed,
 )
 from oomproof.units import GIB
@@ -68,8 +72,12 @@ def speed(name: str, format_name: str, *devices: DeviceSpec, **demand: int) -> T
     """Speed with the units spread evenly over the devices."""
     model = memory_model(name, format_name, **demand)
     bounds = [round(model.num_units * i / len(devices)) for i in range(len(devices) + 1)]
-    stages = [(d, model, bounds[i], bounds[i + 1]) for i, d in enumerate(devices)]
-    return predict_speed(known(name), get_format(format_name), "transformers", stages)
+    return predict_speed(
+        [
+            (SpeedModel("transformers", device, model), bounds[i], bounds[i + 1])
+            for i, device in enumerate(devices)
+        ]
+    )
 
 
 def planned(name: str, gpus: str, **options: Any) -> Plan:
@@ -128,6 +136,48 @@ def test_devices_in_a_row_take_turns() -> None:
     assert uneven is not None
     assert alone is not None
     assert uneven < alone / 2
+
+
+def test_a_split_model_pays_for_each_layer_and_each_hop() -> None:
+    measured = CALIBRATIONS["transformers", "4-bit"]
+    alone, shared = (
+        speed("llama-3.1-8b", "nf4", *devices).decode
+        for devices in ((gpu(bandwidth=1e18),), (gpu(bandwidth=1e18), gpu(1, bandwidth=1e18)))
+    )
+    assert alone is not None
+    assert shared is not None
+    assert 1 / shared - 1 / alone == pytest.approx(34 * measured.split_overhead_s + HOP_S, rel=0.05)
+
+
+def test_waiting_for_streamed_weights_is_added_to_every_step_and_chunk() -> None:
+    stage = (SpeedModel("transformers", gpu(), memory_model("llama-3.1-8b", "nf4")), 0, 34)
+    quick, slow = predict_speed([stage]), predict_speed([stage], streaming_s=2.0)
+    assert slow.decode == pytest.approx(0.5, rel=0.05)
+    assert quick.prefill is not None
+    assert slow.prefill is not None
+    assert slow.prefill < quick.prefill
+
+
+@pytest.mark.parametrize(
+    ("device", "rate"),
+    [
+        (gpu(), 27.4e9),
+        (replace(gpu(), compute_capability=(7, 5)), 13.7e9),
+        (replace(gpu(), compute_capability=(8, 9)), 27.4e9),
+        (replace(gpu(), compute_capability=(9, 0)), 54.8e9),
+        (replace(gpu(), compute_capability=(9, 0), host_link_bytes_per_s=15.75e9), 13.7e9),
+    ],
+)
+def test_the_host_link_is_the_probed_one_or_its_generations(
+    device: DeviceSpec, rate: float
+) -> None:
+    assert host_link_bytes_per_s(device) == pytest.approx(rate, rel=0.01)
+
+
+def test_loading_takes_the_time_of_the_checkpoints_bytes() -> None:
+    found = load_seconds(known("llama-3.1-8b"), get_format("nf4-dq"), "transformers")
+    rate = CALIBRATIONS["transformers", "4-bit"].load_bytes_per_s
+    assert found == pytest.approx(16.06e9 / rate, rel=0.01)
 
 
 def test_prefill_is_bound_by_flops() -> None:

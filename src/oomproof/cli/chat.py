@@ -32,6 +32,8 @@ def chat(
     reserve: options.Reserve = None,
     cap: options.Cap = None,
     engine: options.Engine = "auto",
+    offload: options.Offload = "none",
+    force: options.Force = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -62,6 +64,8 @@ def chat(
         reserve=reserve or 0,
         cap=cap,
         engine=engine,
+        offload=offload,
+        force=force,
         revision=revision,
     )
     print_plan_line(made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,11 +30,24 @@ Context = Annotated[
         show_default=False,
     ),
 ]
-Concurrency = Annotated[int, typer.Option("--concurrency", help="Requests at once.")]
+Concurrency = Annotated[
+    str, typer.Option("--concurrency", help="Requests at once: 4, or auto for as many as fit.")
+]
+Offload = Annotated[
+    str,
+    typer.Option(
+        "--offload", help="none, or cpu: stream layers that fit on no GPU from host memory."
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Accept a plan that streams at under a token a second.")
+]
 MaxMemory = Annotated[
     list[str] | None,
     typer.Option(
-        "--max-memory", help="Most memory of a device: 0=20GiB. Repeat for more.", metavar="I=SIZE"
+        "--max-memory",
+        help="Most memory of a device: 0=20GiB, or of the host: cpu=64GiB. Repeat for more.",
+        metavar="I=SIZE",
     ),
 ]
 Reserve = Annotated[
@@ -101,16 +114,21 @@ def check_sampling(
     SamplingOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
-def parse_max_memory(values: list[str] | None) -> dict[int, int | str]:
-    """Reads ["0=20GiB", "1=8GiB"].
+def parse_max_memory(
+    values: list[str] | None,
+) -> dict[int | Literal["cpu"], int | str]:
+    """Reads ["0=20GiB", "cpu=64GiB"].
 
     Raises:
         InputError: Not of the form INDEX=SIZE.
     """
-    limits: dict[int, int | str] = {}
+    limits: dict[int | Literal["cpu"], int | str] = {}
     for value in values or []:
         index, separator, size = value.partition("=")
         index = index.strip()
+        if separator and index == "cpu":
+            limits["cpu"] = size
+            continue
         if not separator or not index.isdecimal() or len(index) > MAX_DEVICE_INDEX_DIGITS:
             raise InputError(
                 f"max-memory {value[:80]!r} is not INDEX=SIZE", remedy='write "0=20GiB"'

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from oomproof.cli import options
+from oomproof.errors import NotRunnableError
 
 Gpus = Annotated[
     str | None,
@@ -24,11 +25,13 @@ def plan(
     format: options.Format = "auto",
     kv_format: options.KVFormat = "auto",
     context: options.Context = None,
-    concurrency: options.Concurrency = 1,
+    concurrency: options.Concurrency = "1",
     max_memory: options.MaxMemory = None,
     reserve: options.Reserve = None,
     cap: options.Cap = None,
     engine: options.Engine = "auto",
+    offload: options.Offload = "none",
+    force: options.Force = False,
     revision: options.Revision = None,
     json: options.Json = False,
 ) -> None:
@@ -46,6 +49,8 @@ def plan(
         reserve=reserve or 0,
         cap=cap,
         engine=engine,
+        offload=offload,
+        force=force,
         revision=revision,
     )
     if json:
@@ -56,3 +61,5 @@ def plan(
         print_plan(made)
     if not made.fits:
         raise typer.Exit(3)
+    if made.refused is not None:
+        raise NotRunnableError(made.refused, remedy="use a smaller format, or accept it by --force")

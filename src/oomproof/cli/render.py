@@ -59,9 +59,15 @@ def describe_choice(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     if not plan.fits:
         return f"[bold red]does not fit[/bold red]: {format_bytes(plan.shortfall_bytes)} missing"
+    if plan.refused is not None:
+        return f"[bold yellow]fits, but is refused without --force[/bold yellow]: {plan.refused}"
     if not plan.runnable:
         return "[bold yellow]fits, but no engine here runs it[/bold yellow]"
-    return f"[bold green]fits[/bold green], up to {plan.max_context:,} tokens of context"
+    requests = "1 request" if plan.max_concurrency == 1 else f"{plan.max_concurrency:,} requests"
+    return (
+        f"[bold green]fits[/bold green], up to {plan.max_context:,} tokens of context, "
+        f"or {requests} of {plan.context:,}"
+    )
 
 
 _COLUMNS = {
@@ -144,14 +150,29 @@ def _print_facts(console: Console, plan: Plan) -> None:
     host = format_bytes(plan.host.peak_bytes)
     if plan.host.usable_bytes is not None:
         host += f" of {format_bytes(plan.host.usable_bytes)}"
-    console.print(f"host RAM   {host}")
+        if plan.host.limit != "physical":
+            host += f" that {plan.host.limit} allows"
+    terms = plan.host.terms.as_dict().items()
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
+    console.print(f"host RAM   {host}: {parts}")
     if plan.download_bytes:
-        console.print(f"download   {format_bytes(plan.download_bytes)}")
+        cached = plan.download_bytes - plan.disk.needed_bytes
+        here = f", {format_bytes(cached)} of it in the cache" if cached else ""
+        if plan.disk.free_bytes is not None:
+            here += f"; the disk has {format_bytes(plan.disk.free_bytes)} free"
+        console.print(f"download   {format_bytes(plan.download_bytes)}{here}")
     if speed.decode is not None:
         prefill = "" if speed.prefill is None else f", prompts at {speed.prefill:,.0f}"
-        console.print(f"speed      about {speed.decode:,.3g} tokens/s{prefill} (predicted)")
+        console.print(
+            f"speed      about {speed.decode:,.3g} tokens/s{prefill}, loaded in {_loading_time(plan)} (predicted)"
+        )
     for reason in plan.reasons:
         console.print(f"· {escape(reason)}")
+
+
+def _loading_time(plan: Plan) -> str:
+    """Such as "5 s", "4 min"."""
+    return f"{plan.load_s:.0f} s" if plan.load_s < 120 else f"{plan.load_s / 60:.0f} min"
 
 
 def _alternatives_table(plan: Plan) -> Table:

@@ -39,6 +39,8 @@ def run(
     reserve: options.Reserve = None,
     cap: options.Cap = None,
     engine: options.Engine = "auto",
+    offload: options.Offload = "none",
+    force: options.Force = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -72,6 +74,8 @@ def run(
         reserve=reserve or 0,
         cap=cap,
         engine=engine,
+        offload=offload,
+        force=force,
         revision=revision,
     )
     print_plan_line(made)

@@ -66,7 +66,7 @@ def _port(nvml: ModuleType | Any, handle: object) -> _Port:
         bus_id=as_text(nvml.nvmlDeviceGetPciInfo(handle).busId),
         nvlink_peers=tuple(_nvlink_peers(nvml, handle)),
         nvlink_bytes_per_s=_nvlink_speed(nvml, handle),
-        pcie_bytes_per_s=_pcie_speed(nvml, handle),
+        pcie_bytes_per_s=pcie_bytes_per_s(nvml, handle),
     )
 
 
@@ -99,7 +99,8 @@ def _nvlink_speed(nvml: ModuleType | Any, handle: object) -> float | None:
     return float(values[0].value.uiVal) * 1e6 or None
 
 
-def _pcie_speed(nvml: ModuleType | Any, handle: object) -> float | None:
+def pcie_bytes_per_s(nvml: ModuleType | Any, handle: object) -> float | None:
+    """One direction of a GPU's own PCI Express link, None where NVML does not say."""
     generation = where_supported(nvml, lambda: nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle))
     lanes = where_supported(nvml, lambda: nvml.nvmlDeviceGetMaxPcieLinkWidth(handle))
     per_lane = _PCIE_BYTES_PER_S_PER_LANE.get(generation or 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from oomproof.errors import HardwareError
 from oomproof.hardware.catalog import match
-from oomproof.hardware.links import read_links
+from oomproof.hardware.links import pcie_bytes_per_s, read_links
 from oomproof.hardware.nvml import as_text, nvml_session, where_supported
 from oomproof.hardware.spec import DeviceSpec, HostSpec, LinkSpec
 from oomproof.hardware.visible import visible_ordinals
@@ -76,6 +76,7 @@ def _device(
         compute_capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
         bandwidth_bytes_per_s=known.bandwidth_bytes_per_s if known else None,
         flops_per_s=known.flops_per_s if known else None,
+        host_link_bytes_per_s=pcie_bytes_per_s(nvml, handle),
         uuid=uuid,
         unified_memory=memory is None,
     )

@@ -27,6 +27,8 @@ class DeviceSpec:
     """Peak memory bandwidth by the datasheet."""
     flops_per_s: float | None = None
     """Dense 16-bit matrix rate by the datasheet, without sparsity."""
+    host_link_bytes_per_s: float | None = None
+    """One direction of the link to host memory by the datasheet, None where it was not read."""
     uuid: str | None = None
     """NVML's UUID, where the device is real."""
     unified_memory: bool = False

@@ -59,11 +59,11 @@ class WeightCosts:
         self.traffic = [0, *accumulate(unit.traffic for unit in units)]
         self.staging = [unit.staging for unit in units]
         self.largest_linear = [unit.largest_linear for unit in units]
-        self.largest_staging_of = _RangeMaximum(self.staging)
-        self.largest_linear_of = _RangeMaximum(self.largest_linear)
+        self.largest_staging_of = RangeMaximum(self.staging)
+        self.largest_linear_of = RangeMaximum(self.largest_linear)
 
 
-class _RangeMaximum:
+class RangeMaximum:
     """The largest value of any range of a row, in constant time: a sparse table."""
 
     def __init__(self, values: Sequence[int]) -> None:

@@ -47,12 +47,14 @@ class HostTerms:
     """Source tensors on their way, while loading."""
     pinned: int = 0
     """Page-locked buffers for copies to a GPU."""
+    offloaded: int = 0
+    """Layers that stay here, page-locked, and are streamed to their device in every step."""
     margin: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The most the process holds in host RAM, besides a model on the device `cpu`."""
-        return self.runtime + self.staging + self.pinned + self.margin
+        return self.runtime + self.staging + self.pinned + self.offloaded + self.margin
 
     def as_dict(self) -> dict[str, int]:
         """Term name → bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from oomproof.errors import CheckpointError, ModelNotFoundError
@@ -113,6 +114,7 @@ def _from_hub(name: str, *, revision: str | None) -> ModelSpec:
         file=contents.config_location,
         checkpoint=contents.checkpoint,
     )
+    spec = replace(spec, download_bytes=contents.download_bytes, cached_bytes=contents.cached_bytes)
     if contents.checkpoint is not None:
         check_tensors(spec, contents.checkpoint, location=contents.config_location)
     return spec

@@ -126,6 +126,10 @@ class ModelSpec:
     """One for each decoder layer."""
     tensors: tuple[TensorSpec, ...]
     checkpoint: CheckpointSpec | None = None
+    download_bytes: int | None = None
+    """Bytes of every file to fetch, where the hub told them."""
+    cached_bytes: int = 0
+    """The part of download_bytes that the cache already has."""
     checkpoint_quantization: str | None = None
     """quant_method of an already quantized checkpoint, None for plain weights."""
     num_experts: int = 0

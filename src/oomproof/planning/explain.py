@@ -10,7 +10,14 @@ from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.profiles import EngineProfile
 from oomproof.memory.terms import DeviceTerms
 from oomproof.models.spec import ModelSpec, TensorSpec
+from oomproof.planning.candidate import Candidate
+from oomproof.planning.speed import host_link_bytes_per_s
 from oomproof.units import format_bytes
+
+NOT_STREAMED = (
+    "layers in host memory are streamed by the native engine, which this version does not have"
+)
+"""Why a plan with --offload cpu is priced and not run."""
 
 
 def why_not_runnable(
@@ -74,3 +81,78 @@ def misfit(
         return f"{format_bytes(total)} missing on {where}: needs {needs}, has {has}"
     most = format_bytes(missing[worst])
     return f"{format_bytes(total)} missing over {len(missing)} devices, {most} of it on {where}"
+
+
+def device_label(device: DeviceSpec) -> str:
+    """How sentences name a device: "GPU 0 (NVIDIA H200)", or "the CPU's RAM"."""
+    return "the CPU's RAM" if device.kind == "cpu" else f"GPU {device.index} ({device.name})"
+
+
+def why_not(candidate: Candidate) -> str | None:
+    """Why a choice was not taken; None where it fits and runs."""
+    name = candidate.format.name
+    if not candidate.fits:
+        return f"{name} does not fit: {_what_is_missing(candidate)}"
+    if candidate.not_runnable is not None:
+        return f"{name} would fit, but {candidate.not_runnable}"
+    return None
+
+
+def _what_is_missing(candidate: Candidate) -> str:
+    if candidate.device_shortfall_bytes == 0:
+        host = candidate.host_plan
+        needs, has = format_bytes(host.peak_bytes), format_bytes(host.usable_bytes or 0)
+        missing = format_bytes(candidate.host_shortfall_bytes)
+        return f"{missing} of host RAM missing: needs {needs}, {host.limit} allows {has}"
+    used = [slot for slot in candidate.slots if slot.device.index in candidate.ranges]
+    return misfit(
+        {slot.device.index: candidate.terms(slot) for slot in used},
+        {slot.device.index: slot.usable_bytes for slot in used},
+        {slot.device.index: device_label(slot.device) for slot in used},
+    )
+
+
+def nearest(
+    chosen: Candidate,
+    others: Sequence[Candidate],
+    max_context: int,
+    max_concurrency: int,
+    streamed: Candidate | None,
+) -> list[str]:
+    """Choices near one that does not fit, that do."""
+    found = []
+    if max_context:
+        found.append(f"it would fit with --context {max_context}")
+    if max_concurrency:
+        found.append(f"it would fit with --concurrency {max_concurrency}")
+    smaller = [other.format.name for other in others if other.fits and other.not_runnable is None]
+    if smaller:
+        found.append(f"--format {smaller[0]} would fit")
+    if streamed is not None:
+        found.append(
+            f"--format {chosen.format.name} --offload cpu would fit, with "
+            f"{format_bytes(streamed.streamed_bytes)} of the layers in host RAM, "
+            f"at {streamed.decode_speed:.2g} tokens/s at best"
+        )
+    return found
+
+
+def price_of_streaming(candidate: Candidate) -> str:
+    """What keeping layers in host memory costs."""
+    links = {
+        slot.device.index: host_link_bytes_per_s(slot.device) / 1e9
+        for slot in candidate.slots
+        if slot.device.index in candidate.streamed
+    }
+    rates = " and ".join(f"{rate:.0f} GB/s" for rate in sorted(set(links.values())))
+    return (
+        f"{format_bytes(candidate.streamed_bytes)} of the layers stay in host RAM and travel at "
+        f"{rates} for every token: {candidate.decode_speed:.2g} tokens/s at best"
+    )
+
+
+def attention(spec: ModelSpec) -> str:
+    """Which attention is used, and why."""
+    if spec.eager_attention:
+        return "attention is eager: no fused kernel computes this model's"
+    return "attention is torch's SDPA, which takes its fastest kernel that applies"

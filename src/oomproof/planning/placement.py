@@ -1,7 +1,8 @@
 """Which contiguous range of a model's units each device holds.
 
-Among placements that fit, the one with the least predicted time of a decode step is taken, and
-along its order of devices the split that leaves the most room on the fullest one. Both questions,
+Among placements that fit, the one with the least predicted time of a decode step is taken (a
+further device only where it saves 2 % of it), and along its order of devices the split that leaves
+the most room on the fullest one. Both questions,
 whether anything fits and what is fastest, are answered exactly for every set and every order of the
 devices: a range's peak never falls when the range grows, so each device's feasible ranges are a
 window that only moves forward, and a device's time is a sum over its units. What misses by the
@@ -22,6 +23,8 @@ from oomproof.memory.model import MemoryModel
 
 _ROOM_STEP_BYTES = 2**24
 """How finely room is shared out between the devices."""
+WORTH_A_DEVICE = 0.02
+"""A further device is taken for speed where it saves at least this share of a decode step."""
 _TIME_TOLERANCE = 1e-9
 """Times that differ by less than this share are equal."""
 
@@ -183,17 +186,18 @@ def _fastest_order(slots: Sequence[Slot]) -> tuple[list[Slot], float]:
     came_from: dict[tuple[Counts, int], tuple[int, int]] = {}
     for _ in range(len(slots)):
         extended: dict[Counts, list[float]] = {}
+        bound_s = best_s * (1 - WORTH_A_DEVICE)
         for used, times in frontier.items():
             for position, counts in one_more(used, groups):
                 found = extended.setdefault(counts, [inf] * (num_units + 1))
                 for first, end, seconds in kinds[position].extend(times, hops=used != nothing):
-                    if seconds < found[end] and seconds + least_rest[end] < best_s:
+                    if seconds < found[end] and seconds + least_rest[end] < bound_s:
                         found[end] = seconds
                         came_from[counts, end] = (position, first)
-        for counts, times in extended.items():
-            if times[-1] < best_s * (1 - _TIME_TOLERANCE):
-                best_s = times[-1]
-                best_order = in_order(_trace(came_from, counts, num_units), groups)
+        fastest = min(extended, key=lambda counts: extended[counts][-1], default=None)
+        if fastest is not None and extended[fastest][-1] < bound_s:
+            best_s = extended[fastest][-1]
+            best_order = in_order(_trace(came_from, fastest, num_units), groups)
         frontier = {c: times for c, times in extended.items() if min(times) < inf}
         if not frontier:
             break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from oomproof.errors import InputError
 from oomproof.formats import FORMATS, DType
@@ -32,6 +32,8 @@ class DevicePlan:
     """Free before our own context, less --reserve, at most --max-memory and --cap."""
     layers: tuple[int, int] | None
     """First and last decoder layer, both included; None where it holds none."""
+    streamed_layers: tuple[int, int] | None = None
+    """Those of them that stay in host memory and travel in every step; None for none."""
     holds_embedding: bool
     holds_norm: bool
     """Whether the final norm is here; the head is too, unless it is tied to the embedding."""
@@ -55,12 +57,24 @@ class HostPlan:
 
     usable_bytes: int | None
     """RAM that may be taken, by the cgroup's limit; None for a described machine."""
+    limit: str = "physical"
+    """Where usable_bytes comes from: "physical", "cgroup v1", "cgroup v2", or "described"."""
     terms: HostTerms
 
     @property
     def peak_bytes(self) -> int:
         """The most the process holds in host RAM."""
         return self.terms.peak_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskPlan:
+    """What the download needs on the disk that keeps it (HF_HOME)."""
+
+    free_bytes: int | None
+    """None for a described machine, or where it cannot be told."""
+    needed_bytes: int
+    """Bytes to fetch that are not in the cache yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +105,8 @@ class Plan:
     fits: bool
     runnable: bool
     """Whether an engine of this version can run it on such devices; `reasons` says why not."""
+    refused: str | None = None
+    """Why `load` does not execute it although it fits: too slow without --force."""
     engine: str
     compute_dtype: str
     attention: str
@@ -101,16 +117,23 @@ class Plan:
     concurrency: int
     max_context: int
     """Largest context that fits with this format and concurrency, 0 where none does."""
+    max_concurrency: int
+    """Most requests at once that fit with this format and context, 0 where not one does."""
     pipeline: int
     """Devices that the layers are spread over, one after the other."""
     tensor_parallel: int
+    offload: Literal["none", "cpu"] = "none"
+    """Whether layers stay in host memory."""
     devices: tuple[DevicePlan, ...]
     host: HostPlan
+    disk: DiskPlan
     shortfall_bytes: int
     """The least sum of what is missing over the devices, 0 where it fits."""
     alternatives: tuple[Alternative, ...]
     download_bytes: int
     tokens_per_second: TokensPerSecond
+    load_s: float
+    """Predicted seconds of loading, from files in the page cache."""
     reasons: tuple[str, ...]
     cap_bytes: int | None = None
     """Most bytes of each device, enforced while running."""

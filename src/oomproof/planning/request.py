@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from oomproof.errors import InputError
 from oomproof.formats import get_format
@@ -13,6 +13,8 @@ from oomproof.memory.kv_cache import KV_FORMATS
 
 DEFAULT_CONTEXT = 8192
 MAX_CONCURRENCY = 4096
+
+Offload = Literal["none", "cpu"]
 
 _NONE: Mapping[int, int] = MappingProxyType({})
 
@@ -27,8 +29,8 @@ class PlanRequest:
     """"bf16", "fp16", "fp8", or "auto": the compute dtype."""
     context: int | Literal["auto"] | None = None
     """Prompt and answer in tokens; None for min(8192, the model's maximum)."""
-    concurrency: int = 1
-    """Requests at once."""
+    concurrency: int | Literal["auto"] = 1
+    """Requests at once; "auto": as many as fit, in the format that is chosen for one."""
     reserve_bytes: int = 0
     """Free memory of each device that the plan leaves alone."""
     max_memory: Mapping[int, int] = field(default_factory=lambda: _NONE)
@@ -37,6 +39,12 @@ class PlanRequest:
     """Most bytes of every device, enforced while running too."""
     engine: str = "auto"
     """"transformers", or "auto"."""
+    offload: Offload = "none"
+    """"cpu": layers that fit on no device stay in host memory and are streamed; "none"."""
+    max_host_bytes: int | None = None
+    """Most host RAM the plan may use."""
+    force: bool = False
+    """Accepts a plan that streams at less than a token a second."""
 
     def __post_init__(self) -> None:
         if self.format != "auto":
@@ -48,12 +56,26 @@ class PlanRequest:
             )
         if isinstance(self.context, int) and self.context < 1:
             raise InputError(f"context {self.context} must be at least 1 token")
-        if not 1 <= self.concurrency <= MAX_CONCURRENCY:
+        offload: str = self.offload
+        if offload == "disk":
+            raise InputError(
+                "offload 'disk' is refused: every token would read the layers from the disk, "
+                "at hundredths of a token a second",
+                remedy="use --offload cpu, a smaller format or a smaller model",
+            )
+        if self.offload not in get_args(Offload):
+            raise InputError(
+                f"unknown offload {self.offload!r}",
+                remedy=f"use one of {', '.join(get_args(Offload))}",
+            )
+        if self.concurrency != "auto" and not 1 <= self.concurrency <= MAX_CONCURRENCY:
             raise InputError(f"concurrency {self.concurrency} must be from 1 to {MAX_CONCURRENCY}")
         if self.reserve_bytes < 0:
             raise InputError(f"reserve {self.reserve_bytes} must not be negative")
         if self.cap_bytes is not None and self.cap_bytes < 1:
             raise InputError(f"cap {self.cap_bytes} must be at least 1 byte")
+        if self.max_host_bytes is not None and self.max_host_bytes < 1:
+            raise InputError(f"max-memory cpu={self.max_host_bytes} must be at least 1 byte")
         for index, limit_bytes in self.max_memory.items():
             if limit_bytes < 0:
                 raise InputError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from oomproof.errors import InputError
@@ -12,105 +11,146 @@ from oomproof.hardware.spec import DeviceSpec, Hardware
 from oomproof.memory.kv_cache import KV_FORMATS, PAGE_TOKENS
 from oomproof.memory.model import Demand, MemoryModel, WeightCosts
 from oomproof.memory.profiles import EngineProfile, engine_profile
-from oomproof.memory.terms import DeviceTerms, HostTerms
+from oomproof.memory.terms import HostTerms
 from oomproof.models.spec import ModelSpec
-from oomproof.planning.explain import misfit, why_not_runnable
-from oomproof.planning.placement import Placement, Slot, can_place, place_fastest
-from oomproof.planning.plan import Alternative, DevicePlan, HostPlan, Plan
-from oomproof.planning.request import DEFAULT_CONTEXT, PlanRequest
-from oomproof.planning.shortfall import least_shortfall
-from oomproof.planning.speed import predict_speed
+from oomproof.planning import explain
+from oomproof.planning.candidate import Candidate
+from oomproof.planning.explain import NOT_STREAMED, why_not_runnable
+from oomproof.planning.notes import Notes, kind_of
+from oomproof.planning.placement import Slot
+from oomproof.planning.plan import Alternative, DevicePlan, DiskPlan, HostPlan, Plan
+from oomproof.planning.request import DEFAULT_CONTEXT, MAX_CONCURRENCY, PlanRequest
+from oomproof.planning.speed import HOP_S, MIN_TOKENS_PER_SECOND, SpeedModel, load_seconds
+from oomproof.units import format_bytes
 
 
-def make_plan(spec: ModelSpec, hardware: Hardware, request: PlanRequest) -> Plan:
+def make_plan(
+    spec: ModelSpec, hardware: Hardware, request: PlanRequest, notes: Notes | None = None
+) -> Plan:
     """The plan for a model on a machine, fitting or not.
+
+    Args:
+        spec: The model.
+        hardware: The machine.
+        request: What is asked of the plan.
+        notes: What rehearsals measured on this machine.
 
     Raises:
         InputError: A context beyond the model's maximum, an already quantized checkpoint, or a
             limit for a device that is not there.
     """
-    return _Planner(spec, hardware, request).plan()
+    return Planner(spec, hardware, request, notes or Notes()).plan()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One format at one context, placed as well as it can be."""
-
-    format: Format
-    kv_format: str
-    context: int
-    slots: tuple[Slot, ...]
-    host: HostPlan
-    not_runnable: str | None
-    """Why no engine runs it here, None where one does."""
-
-    @cached_property
-    def placement(self) -> Placement:
-        """Ranges of units for the devices."""
-        return place_fastest(self.slots) or least_shortfall(self.slots)
-
-    @cached_property
-    def shortfall_bytes(self) -> int:
-        """What is missing on the devices and on the host."""
-        return self.placement.shortfall_bytes + self.host_shortfall_bytes
-
-    @property
-    def host_shortfall_bytes(self) -> int:
-        """What is missing in host RAM."""
-        if self.host.usable_bytes is None:
-            return 0
-        return max(0, self.host.peak_bytes - self.host.usable_bytes)
-
-    @cached_property
-    def fits(self) -> bool:
-        """Whether every device and the host hold it."""
-        return self.host_shortfall_bytes == 0 and can_place(self.slots)
-
-    def terms(self, slot: Slot) -> DeviceTerms:
-        """Terms of one of the devices."""
-        first, end = self.placement.ranges.get(slot.device.index, (0, 0))
-        return slot.model.terms(first, end)
-
-    def explain_misfit(self) -> str:
-        """How many bytes are missing, and where."""
-        if self.placement.fits:
-            return f"host RAM: needs {self.host.peak_bytes:,}, has {self.host.usable_bytes:,} bytes"
-        used = [slot for slot in self.slots if slot.device.index in self.placement.ranges]
-        return misfit(
-            {slot.device.index: self.terms(slot) for slot in used},
-            {slot.device.index: slot.usable_bytes for slot in used},
-            {slot.device.index: device_label(slot.device) for slot in used},
-        )
-
-
-def device_label(device: DeviceSpec) -> str:
-    """How sentences name a device: "GPU 0 (NVIDIA H200)", or "the CPU's RAM"."""
-    return "the CPU's RAM" if device.kind == "cpu" else f"GPU {device.index} ({device.name})"
-
-
-class _Planner:
+class Planner:
     """One model on one machine; keeps what the candidates share."""
 
-    def __init__(self, spec: ModelSpec, hardware: Hardware, request: PlanRequest) -> None:
+    def __init__(
+        self, spec: ModelSpec, hardware: Hardware, request: PlanRequest, notes: Notes
+    ) -> None:
         self.spec = spec
         self.hardware = hardware
         self.request = request
+        self.notes = notes
         self.engine = "transformers" if request.engine == "auto" else request.engine
-        self.profiles = tuple(
-            engine_profile(self.engine, device, hardware.host) for device in hardware.devices
-        )
+        self._profiles: dict[str, tuple[EngineProfile, ...]] = {}
         self._weight_costs: dict[tuple[str, EngineProfile], WeightCosts] = {}
         _refuse_impossible(spec, hardware, request)
 
     def plan(self) -> Plan:
+        """The plan, fitting or not."""
         context = self._asked_context()
-        candidates = [self._candidate(name, context) for name in self._format_names()]
-        runnable = [c for c in candidates if c.not_runnable is None] or candidates
-        chosen = next((c for c in runnable if c.fits), runnable[-1])
-        max_context = self._max_context(chosen.format.name)
-        if self.request.context == "auto" and max_context > 0:
-            chosen = self._candidate(chosen.format.name, max_context)
-        return self._assemble(chosen, candidates, max_context)
+        concurrency = 1 if self.request.concurrency == "auto" else self.request.concurrency
+        candidates = [self.candidate(name, context, concurrency) for name in self._format_names()]
+        chosen = self._choose(candidates)
+        name = chosen.format.name
+        if self.request.context == "auto" and (largest := self.max_context(chosen)) > 0:
+            chosen = self._like(chosen, largest, concurrency)
+        if self.request.concurrency == "auto" and (most := self.max_concurrency(chosen)) > 0:
+            chosen = self._like(chosen, chosen.context, most)
+        others = [other for other in candidates if other.format.name != name]
+        better = candidates[: [other.format.name for other in candidates].index(name)]
+        return self._assemble(chosen, others, better)
+
+    def candidate(
+        self, format_name: str, context: int, concurrency: int, *, streaming: bool = False
+    ) -> Candidate:
+        """One format at one context and concurrency, to be placed."""
+        weight_format = get_format(format_name)
+        compute_dtype = self._compute_dtype(weight_format)
+        profiles = self._profiles_for(weight_format)
+        kv_format = self._kv_format(compute_dtype)
+        demand = Demand(context=context, concurrency=concurrency, kv_dtype=KV_FORMATS[kv_format])
+        models = {
+            profile: MemoryModel(self._costs(weight_format, profile), demand)
+            for profile in profiles
+        }
+        host = self._host(weight_format, profiles)
+        not_runnable = why_not_runnable(
+            self.spec, weight_format, kv_format, compute_dtype, profiles, self.hardware.devices
+        )
+        speeds = [
+            self._speed(device, models[profile], weight_format)
+            for device, profile in zip(self.hardware.devices, profiles, strict=True)
+        ]
+        return Candidate(
+            format=weight_format,
+            kv_format=kv_format,
+            context=context,
+            concurrency=concurrency,
+            slots=tuple(
+                Slot(
+                    device=device,
+                    usable_bytes=self._usable_bytes(device, host),
+                    model=speed.model,
+                    unit_seconds=speed.unit_s,
+                    alone_seconds=speed.alone_s,
+                    hop_seconds=HOP_S,
+                )
+                for device, speed in zip(self.hardware.devices, speeds, strict=True)
+            ),
+            speeds=tuple(speeds),
+            host=host,
+            not_runnable=NOT_STREAMED if streaming else not_runnable,
+            streaming=streaming,
+        )
+
+    def max_context(self, like: Candidate) -> int:
+        """The largest multiple of the KV page that fits, 0 where none does."""
+        limit = self.spec.max_position_embeddings
+        pages = _most(
+            -(-limit // PAGE_TOKENS),
+            lambda pages: self._like(like, min(limit, pages * PAGE_TOKENS), like.concurrency).fits,
+        )
+        return min(limit, pages * PAGE_TOKENS)
+
+    def max_concurrency(self, like: Candidate) -> int:
+        """Most requests at once that fit at the candidate's context, 0 where not one does."""
+        return _most(MAX_CONCURRENCY, lambda count: self._like(like, like.context, count).fits)
+
+    def _like(self, like: Candidate, context: int, concurrency: int) -> Candidate:
+        if (context, concurrency) == (like.context, like.concurrency):
+            return like
+        return self.candidate(like.format.name, context, concurrency, streaming=like.streaming)
+
+    def _choose(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The best quality that fits and runs; with layers in host memory only where none does."""
+        runnable = [c for c in candidates if c.not_runnable is None] or list(candidates)
+        fitting = next((c for c in runnable if c.fits), None)
+        if fitting is not None:
+            return fitting
+        if self.request.offload == "cpu" and self.hardware.has_gpu:
+            streamed = [
+                self.candidate(c.format.name, c.context, c.concurrency, streaming=True)
+                for c in runnable
+            ]
+            fitting_streamed = [c for c in streamed if c.fits]
+            quick = [c for c in fitting_streamed if c.decode_speed >= MIN_TOKENS_PER_SECOND]
+            if quick:
+                return quick[0]
+            if fitting_streamed:
+                return max(fitting_streamed, key=lambda c: c.decode_speed)
+        return runnable[-1]
 
     def _asked_context(self) -> int:
         limit = self.spec.max_position_embeddings
@@ -134,6 +174,11 @@ class _Planner:
             self._auto_compute_dtype if weight_format.is_quantized else weight_format.weight_dtype
         )
 
+    def _kv_format(self, compute_dtype: DType) -> str:
+        if self.request.kv_format != "auto":
+            return self.request.kv_format
+        return "bf16" if compute_dtype is DType.BFLOAT16 else "fp16"
+
     def _format_names(self) -> list[str]:
         """What to try, best quality first."""
         if self.request.format != "auto":
@@ -144,44 +189,16 @@ class _Planner:
             if FORMATS[name].is_quantized or FORMATS[name].weight_dtype is self._auto_compute_dtype
         ]
 
-    def _candidate(self, format_name: str, context: int) -> Candidate:
-        weight_format = get_format(format_name)
-        compute_dtype = self._compute_dtype(weight_format)
-        kv_format = self.request.kv_format
-        if kv_format == "auto":
-            kv_format = "bf16" if compute_dtype is DType.BFLOAT16 else "fp16"
-        demand = Demand(
-            context=context,
-            concurrency=self.request.concurrency,
-            kv_dtype=KV_FORMATS[kv_format],
-        )
-        models = {
-            profile: MemoryModel(self._costs(weight_format, profile), demand)
-            for profile in self.profiles
-        }
-        host = self._host(weight_format)
-        return Candidate(
-            format=weight_format,
-            kv_format=kv_format,
-            context=context,
-            slots=tuple(
-                Slot(
-                    device=device,
-                    usable_bytes=self._usable_bytes(device, host),
-                    model=models[profile],
+    def _profiles_for(self, weight_format: Format) -> tuple[EngineProfile, ...]:
+        kind = kind_of(weight_format)
+        if kind not in self._profiles:
+            self._profiles[kind] = tuple(
+                self.notes.adjust(
+                    engine_profile(self.engine, device, self.hardware.host), device, kind
                 )
-                for device, profile in zip(self.hardware.devices, self.profiles, strict=True)
-            ),
-            host=host,
-            not_runnable=why_not_runnable(
-                self.spec,
-                weight_format,
-                kv_format,
-                compute_dtype,
-                self.profiles,
-                self.hardware.devices,
-            ),
-        )
+                for device in self.hardware.devices
+            )
+        return self._profiles[kind]
 
     def _costs(self, weight_format: Format, profile: EngineProfile) -> WeightCosts:
         key = (weight_format.name, profile)
@@ -190,20 +207,30 @@ class _Planner:
             self._weight_costs[key] = WeightCosts(self.spec, weight_format, profile, compute_dtype)
         return self._weight_costs[key]
 
-    def _host(self, weight_format: Format) -> HostPlan:
+    def _speed(self, device: DeviceSpec, model: MemoryModel, weight_format: Format) -> SpeedModel:
+        decode, prefill = self.notes.speed_factors(device, self.engine, kind_of(weight_format))
+        return SpeedModel(self.engine, device, model, decode_factor=decode, prefill_factor=prefill)
+
+    def _host(self, weight_format: Format, profiles: Sequence[EngineProfile]) -> HostPlan:
         staging = 0
         if weight_format.name == "llm-int8" and self.hardware.has_gpu:
             # bitsandbytes takes each tensor through host memory on its way to 8 bits.
             largest = max(t.numel for t in self.spec.tensors)
             staging = largest * self.spec.dtype.itemsize
         terms = HostTerms(
-            runtime=max(profile.host_runtime_bytes for profile in self.profiles),
+            runtime=max(profile.host_runtime_bytes for profile in profiles),
             staging=staging,
-            pinned=max(profile.pinned_bytes for profile in self.profiles),
+            pinned=max(profile.pinned_bytes for profile in profiles),
         )
         described = self.hardware.source == "described"
         usable = None if described else self.hardware.host.available_ram_bytes
-        return HostPlan(usable_bytes=usable, terms=terms)
+        if self.request.max_host_bytes is not None:
+            usable = min(usable or self.request.max_host_bytes, self.request.max_host_bytes)
+        return HostPlan(
+            usable_bytes=usable,
+            limit=self.hardware.host.ram_limit_source if not described else "described",
+            terms=terms,
+        )
 
     def _usable_bytes(self, device: DeviceSpec, host: HostPlan) -> int:
         usable = device.free_bytes - self.request.reserve_bytes
@@ -212,33 +239,12 @@ class _Planner:
         limits = (self.request.max_memory.get(device.index), self.request.cap_bytes)
         return max(0, min([usable, *(limit for limit in limits if limit is not None)]))
 
-    def _max_context(self, format_name: str) -> int:
-        """The largest multiple of the KV page that fits, 0 where none does."""
-        limit = self.spec.max_position_embeddings
-
-        def fits(context: int) -> bool:
-            return self._candidate(format_name, context).fits
-
-        if not fits(1):
-            return 0
-        if fits(limit):
-            return limit
-        low, high = 0, -(-limit // PAGE_TOKENS)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle * PAGE_TOKENS) else (low, middle)
-        return low * PAGE_TOKENS
-
     def _assemble(
-        self, chosen: Candidate, candidates: Sequence[Candidate], max_context: int
+        self, chosen: Candidate, others: Sequence[Candidate], better: Sequence[Candidate]
     ) -> Plan:
-        devices = tuple(self._device_plan(chosen, slot) for slot in chosen.slots)
-        stages = [
-            (slot.device, slot.model, *chosen.placement.ranges[slot.device.index])
-            for slot in chosen.slots
-            if slot.device.index in chosen.placement.ranges
-        ]
         spec = self.spec
+        max_context = self.max_context(chosen)
+        max_concurrency = self.max_concurrency(chosen)
         return Plan(
             model=spec.id,
             source=spec.source,
@@ -247,89 +253,141 @@ class _Planner:
             format=chosen.format.name,
             fits=chosen.fits,
             runnable=chosen.not_runnable is None,
+            refused=self._refused(chosen),
             engine=self.engine,
             compute_dtype=str(self._compute_dtype(chosen.format)),
             attention="eager" if spec.eager_attention else "sdpa",
             kv_format=chosen.kv_format,
             context=chosen.context,
-            concurrency=self.request.concurrency,
+            concurrency=chosen.concurrency,
             max_context=max_context,
-            pipeline=len(stages),
+            max_concurrency=max_concurrency,
+            pipeline=len(chosen.ranges),
             tensor_parallel=1,
-            devices=devices,
-            host=chosen.host,
+            offload="cpu" if chosen.streaming else "none",
+            devices=tuple(self._device_plan(chosen, slot) for slot in chosen.slots),
+            host=chosen.host_plan,
+            disk=self._disk(),
             shortfall_bytes=0 if chosen.fits else chosen.shortfall_bytes,
-            alternatives=self._alternatives(chosen, candidates),
+            alternatives=self._alternatives(others),
             download_bytes=_download_bytes(spec),
-            tokens_per_second=predict_speed(spec, chosen.format, self.engine, stages),
-            reasons=tuple(self._reasons(chosen, candidates, max_context)),
+            tokens_per_second=chosen.tokens_per_second,
+            load_s=load_seconds(spec, chosen.format, self.engine),
+            reasons=self._reasons(chosen, better, max_context, max_concurrency, others),
             cap_bytes=self.request.cap_bytes,
-            prefill_chunk_tokens=self.profiles[0].prefill_chunk_tokens,
+            prefill_chunk_tokens=self._profiles_for(chosen.format)[0].prefill_chunk_tokens,
             decoder_prefix=spec.decoder_prefix,
             extra_modules=spec.extra_modules,
         )
 
+    def _disk(self) -> DiskPlan:
+        described = self.hardware.source == "described"
+        return DiskPlan(
+            free_bytes=None if described else self.hardware.host.free_disk_bytes,
+            needed_bytes=max(0, _download_bytes(self.spec) - self.spec.cached_bytes),
+        )
+
+    def _refused(self, chosen: Candidate) -> str | None:
+        """Why a plan that fits is not executed: it streams too slowly, and nobody forced it."""
+        if not (chosen.streaming and chosen.fits) or self.request.force:
+            return None
+        if chosen.decode_speed >= MIN_TOKENS_PER_SECOND:
+            return None
+        return (
+            f"{chosen.decode_speed:.2g} tokens/s is under {MIN_TOKENS_PER_SECOND:g}: "
+            f"{format_bytes(chosen.streamed_bytes)} travel from host memory for every token"
+        )
+
+    def _reasons(
+        self,
+        chosen: Candidate,
+        better: Sequence[Candidate],
+        max_context: int,
+        max_concurrency: int,
+        others: Sequence[Candidate],
+    ) -> tuple[str, ...]:
+        reasons = [reason for other in better if (reason := explain.why_not(other)) is not None]
+        if chosen.not_runnable is not None:
+            reasons.append(chosen.not_runnable)
+        if not chosen.fits:
+            reasons.append(explain.why_not(chosen) or "")
+            reasons += explain.nearest(
+                chosen, others, max_context, max_concurrency, self._streamed_instead(chosen)
+            )
+        if chosen.streaming and chosen.fits:
+            reasons.append(explain.price_of_streaming(chosen))
+        reasons.append(explain.attention(self.spec))
+        disk = self._disk()
+        if disk.free_bytes is not None and disk.needed_bytes > disk.free_bytes:
+            reasons.append(
+                f"the download needs {format_bytes(disk.needed_bytes)}, and the disk has "
+                f"{format_bytes(disk.free_bytes)} free: set HF_HOME to a larger one"
+            )
+        for device in self.hardware.devices[:1]:
+            if (measured := self.notes.describe(device, self.engine)) is not None:
+                reasons.append(f"calibrated by {measured}")
+        return tuple(reasons)
+
+    def _streamed_instead(self, chosen: Candidate) -> Candidate | None:
+        """The same choice with layers in host memory, where that would fit."""
+        if chosen.streaming or not self.hardware.has_gpu or self.request.offload == "cpu":
+            return None
+        streamed = self.candidate(
+            chosen.format.name, chosen.context, chosen.concurrency, streaming=True
+        )
+        return streamed if streamed.fits else None
+
     def _device_plan(self, candidate: Candidate, slot: Slot) -> DevicePlan:
-        first, end = candidate.placement.ranges.get(slot.device.index, (0, 0))
+        index = slot.device.index
+        first, end = candidate.ranges.get(index, (0, 0))
         num_layers = self.spec.num_hidden_layers
         # Units 1 … L are the decoder layers 0 … L-1.
         first_layer, last_layer = max(first, 1) - 1, min(end, num_layers + 1) - 2
         holds_last_unit = end == num_layers + 2
         tied = self.spec.tie_word_embeddings
         holds_embedding = end > 0 and first == 0
+        streamed = candidate.streamed.get(index)
         return DevicePlan(
-            index=slot.device.index,
+            index=index,
             name=slot.device.name,
             kind=slot.device.kind,
             uuid=slot.device.uuid,
             usable_bytes=slot.usable_bytes,
             layers=(first_layer, last_layer) if first_layer <= last_layer else None,
+            streamed_layers=None if streamed is None else (streamed[0] - 1, streamed[1] - 2),
             holds_embedding=holds_embedding,
             holds_norm=holds_last_unit,
             holds_head=holds_embedding if tied else holds_last_unit,
             terms=candidate.terms(slot),
         )
 
-    def _alternatives(
-        self, chosen: Candidate, candidates: Sequence[Candidate]
-    ) -> tuple[Alternative, ...]:
+    def _alternatives(self, others: Sequence[Candidate]) -> tuple[Alternative, ...]:
         """The other formats, at the asked context, each with its largest context."""
         return tuple(
             Alternative(
                 format=other.format.name,
                 context=other.context,
-                concurrency=self.request.concurrency,
+                concurrency=other.concurrency,
                 fits=other.fits,
                 runnable=other.not_runnable is None,
-                max_context=self._max_context(other.format.name),
+                max_context=self.max_context(other),
                 shortfall_bytes=0 if other.fits else other.shortfall_bytes,
             )
-            for other in candidates
-            if other.format.name != chosen.format.name
+            for other in others
         )
 
-    def _reasons(
-        self, chosen: Candidate, candidates: Sequence[Candidate], max_context: int
-    ) -> list[str]:
-        reasons = []
-        for other in candidates:
-            if other.format.name == chosen.format.name:
-                break
-            if not other.fits:
-                reasons.append(f"{other.format.name} does not fit: {other.explain_misfit()}")
-            elif other.not_runnable is not None:
-                reasons.append(f"{other.format.name} would fit, but {other.not_runnable}")
-        if chosen.not_runnable is not None:
-            reasons.append(chosen.not_runnable)
-        if not chosen.fits:
-            reasons.append(f"{chosen.format.name} does not fit: {chosen.explain_misfit()}")
-            if max_context:
-                reasons.append(f"it would fit with --context {max_context}")
-        if self.spec.eager_attention:
-            reasons.append("attention is eager: no fused kernel computes this model's")
-        else:
-            reasons.append("attention is torch's SDPA, which takes its fastest kernel that applies")
-        return reasons
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `limit` that fits, 0 where 1 does not; what is less fits too."""
+    if not fits(1):
+        return 0
+    if fits(limit):
+        return limit
+    low, high = 1, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _refuse_impossible(spec: ModelSpec, hardware: Hardware, request: PlanRequest) -> None:
@@ -350,6 +408,8 @@ def _download_bytes(spec: ModelSpec) -> int:
     """Bytes to fetch: nothing for a folder, the files for a hub id, an estimate for the catalog."""
     if spec.source.kind == "folder":
         return 0
+    if spec.download_bytes is not None:
+        return spec.download_bytes
     if spec.checkpoint is not None:
         return spec.checkpoint.total_bytes
     return spec.num_parameters * spec.dtype.itemsize

@@ -37,7 +37,7 @@ def least_shortfall(slots: Sequence[Slot]) -> Placement:
 def _better_order(groups: Sequence[Sequence[Slot]], bound_bytes: int) -> list[Slot] | None:
     """The order that misses by the fewest bytes, None where none misses by less than the bound."""
     num_units = groups[0][0].model.num_units
-    needed = _needed([slots[0].model for slots in groups])
+    needed = _needed(groups)
     kinds = [_Kind(slots[0], needed) for slots in groups]
     sizes = [len(slots) for slots in groups]
     best_bytes, best_end = bound_bytes, None
@@ -65,15 +65,17 @@ def _better_order(groups: Sequence[Sequence[Slot]], bound_bytes: int) -> list[Sl
     return None if best_end is None else _trace(came_from, best_end, num_units, groups)
 
 
-def _needed(models: Sequence[MemoryModel]) -> list[int]:
+def _needed(groups: Sequence[Sequence[Slot]]) -> list[int]:
     """For each position, what the devices that hold the units from there on need at least.
 
     That is the units' weights and cache, which no device can save, and what the head's device needs
-    for the logits. A device that holds no layer needs less scratch than `_Kind.capacity_bytes`
-    takes off: there are at most two, the first and the last.
+    for the logits. A device without a layer needs less scratch than `_capacity_bytes` takes off;
+    behind the first device that can only be the last one, with norm and head alone: then the rest
+    of its memory serves nobody, so little is spared but on a device smaller than the head.
     """
+    least_capacity = min(_capacity_bytes(slots[0]) for slots in groups)
     bounds = []
-    for model in models:
+    for model in (slots[0].model for slots in groups):
         least, most = _layer_linears(model)
         logits = 0
         if not model.spec.tie_word_embeddings:
@@ -82,16 +84,24 @@ def _needed(models: Sequence[MemoryModel]) -> list[int]:
                 for linear in (0, least, most)
             )
         spared = model.overhead_bytes(least) - model.overhead_bytes(0)
+        head_bytes = model.weights_bytes(model.num_units - 1) + logits
+        spared_behind = min(spared, max(0, head_bytes - least_capacity))
         bounds.append(
             [
                 model.weights_bytes(first)
                 + model.kv_bytes(first)
                 + logits
-                - (1 if first else 2) * spared
+                - (spared_behind if first else 2 * spared)
                 for first in range(model.num_units)
             ]
         )
     return [*map(min, *bounds), 0] if len(bounds) > 1 else [*bounds[0], 0]
+
+
+def _capacity_bytes(slot: Slot) -> int:
+    """The most weights and cache that a device with a layer holds without missing anything."""
+    overhead = slot.model.overhead_bytes(_layer_linears(slot.model)[0])
+    return max(0, slot.usable_bytes - overhead)
 
 
 def _layer_linears(model: MemoryModel) -> tuple[int, int]:
@@ -125,9 +135,7 @@ class _Kind:
         self._num_units = slot.model.num_units
         self._excess = [_excess(slot, first) for first in range(self._num_units)]
         self._needed = needed
-        overhead = slot.model.overhead_bytes(_layer_linears(slot.model)[0])
-        self.capacity_bytes = max(0, slot.usable_bytes - overhead)
-        """The most weights and cache that a device holds without missing anything."""
+        self.capacity_bytes = _capacity_bytes(slot)
 
     def ends(
         self, first: int, so_far: int, bound_bytes: int, capacity_bytes: int

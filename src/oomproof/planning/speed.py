@@ -1,4 +1,9 @@
-"""Predicted tokens per second, from bytes, bandwidth, FLOP/s and measured efficiency."""
+"""Predicted speed, from bytes, bandwidth, FLOP/s and measured efficiency.
+
+A decode step reads every weight and the cache once, or takes its launches' time, whichever is
+more; units of the model run one after the other, on one device or on several. A prompt's chunk is
+bound by arithmetic in the same way.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ from oomproof.formats import Format
 from oomproof.hardware.spec import DeviceSpec
 from oomproof.memory.model import MemoryModel
 from oomproof.models.spec import ModelSpec, Role
+
+MIN_TOKENS_PER_SECOND = 1.0
+"""A plan that streams weights from host memory and is slower than this wants --force."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +41,16 @@ class Calibration:
     """Share of the datasheet's FLOP/s that a prefill chunk reaches."""
     layer_overhead_s: float
     """Least time of one layer: launches, Python; it bounds small models and fast GPUs."""
+    split_overhead_s: float
+    """What a layer costs besides, where the model is spread over several devices."""
+    load_bytes_per_s: float
+    """Checkpoint bytes that are read, quantized and placed a second, files in the page cache."""
     measured: str
     """When, on which device, with which versions."""
 
 
 _H200 = "NVIDIA H200, torch 2.11, transformers 5.17, bitsandbytes 0.50.2"
+_SPLIT = "; over two GPUs 8B nf4-dq 21.8 tokens/s, 2026-11-21 (accelerate's hooks)"
 
 CALIBRATIONS: dict[tuple[str, str], Calibration] = {
     # (engine, kind of weights) → calibration; benchmarks/results/contract-h200.jsonl.
@@ -45,23 +58,44 @@ CALIBRATIONS: dict[tuple[str, str], Calibration] = {
         bandwidth_efficiency=0.75,
         flops_efficiency=0.23,
         layer_overhead_s=0.62e-3,
-        measured=f"2026-11-21, {_H200}: 8B 45.0 tokens/s, 1B 95.0, 8B prompts at 15.2 k",
+        split_overhead_s=0.50e-3,
+        load_bytes_per_s=3.6e9,
+        measured=f"2026-11-21, {_H200}: 8B 45.0 tokens/s, 1B 95.0, 8B prompts at 15.2 k" + _SPLIT,
     ),
     ("transformers", "4-bit"): Calibration(
         bandwidth_efficiency=0.20,
         flops_efficiency=0.19,
         layer_overhead_s=0.85e-3,
+        split_overhead_s=0.50e-3,
+        load_bytes_per_s=3.2e9,
         measured=f"2026-11-21, {_H200}: 8B 34.4 tokens/s, prompts at 12.7 k; "
-        "the bandwidth from 405B layers at 4.9 tokens/s, 2026-11-20",
+        "the bandwidth from 405B layers at 4.9 tokens/s, 2026-11-20" + _SPLIT,
     ),
     ("transformers", "llm-int8"): Calibration(
         bandwidth_efficiency=0.20,
         flops_efficiency=0.11,
         layer_overhead_s=2.1e-3,
+        split_overhead_s=0.50e-3,
+        load_bytes_per_s=1.0e9,
         measured=f"2026-11-21, {_H200}: 8B 14.0 tokens/s, prompts at 7.2 k; "
-        "the bandwidth as for 4 bits, not measured",
+        "the bandwidth as for 4 bits, not measured" + _SPLIT,
     ),
 }
+
+HOP_S = 30e-6
+"""Hidden states of one token from one device to the next: a copy of some KiB and its launch."""
+
+HOST_LINK_EFFICIENCY = 0.87
+"""Share of PCI Express' rate that pinned copies reach: 55 of 63 GB/s on an H200, 2026-11."""
+_HOST_LINKS = (
+    # Compute capability from which on boards have this host link; x16, GB/s of one direction.
+    ((12, 0), 63.0e9),
+    ((9, 0), 63.0e9),
+    ((8, 0), 31.5e9),
+    ((0, 0), 15.75e9),
+)
+_DEFAULT_HOST_LINK = 31.5e9
+"""PCI Express 4.0 x16, where nothing is known of the GPU."""
 
 
 def calibration(engine: str, weight_format: Format) -> Calibration:
@@ -71,46 +105,111 @@ def calibration(engine: str, weight_format: Format) -> Calibration:
     return CALIBRATIONS[engine, "4-bit" if weight_format.bits_per_weight < 8 else "llm-int8"]
 
 
+def host_link_bytes_per_s(device: DeviceSpec) -> float:
+    """What pinned host memory gives a device: the probed link, else its generation's x16."""
+    rate = device.host_link_bytes_per_s
+    if rate is None and device.compute_capability is None:
+        rate = _DEFAULT_HOST_LINK
+    elif rate is None:
+        known = device.compute_capability or (0, 0)
+        rate = next(rate for first, rate in _HOST_LINKS if known >= first)
+    return rate * HOST_LINK_EFFICIENCY
+
+
+class SpeedModel:
+    """Times of a model in one format on one device.
+
+    Args:
+        engine: The engine that runs it.
+        device: Its bandwidth and FLOP/s; where they are not known, relative times still hold.
+        model: The memory model, whose bytes are read.
+        decode_factor: Measured over predicted time of a decode step on this machine.
+        prefill_factor: The same for a prompt.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        device: DeviceSpec,
+        model: MemoryModel,
+        *,
+        decode_factor: float = 1.0,
+        prefill_factor: float = 1.0,
+    ) -> None:
+        measured = calibration(engine, model.costs.weight_format)
+        self._device = device
+        self.model = model
+        """The memory model."""
+        self.prefill_chunk_tokens = model.profile.prefill_chunk_tokens
+        """Tokens of a prompt that are processed at once."""
+        self._measured = measured
+        self._prefill_factor = prefill_factor
+        self.is_known = device.bandwidth_bytes_per_s is not None
+        on_cpu = device.kind == "cpu"
+        bandwidth = (device.bandwidth_bytes_per_s or 1e12) * measured.bandwidth_efficiency
+        overhead_s = 0.0 if on_cpu else measured.layer_overhead_s
+        split_s = 0.0 if on_cpu else measured.split_overhead_s
+        alone = [
+            decode_factor * max(self._read_bytes(unit) / bandwidth, overhead_s)
+            for unit in range(model.num_units)
+        ]
+        self.alone_s = sum(alone)
+        """A decode step, where the device holds the whole model."""
+        self.unit_s = tuple(seconds + split_s for seconds in alone)
+        """A decode step of each unit, where it holds a part of it."""
+
+    def _read_bytes(self, unit: int) -> float:
+        # Half of one request's context is used.
+        kv_bytes = self.model.kv_bytes(unit, unit + 1) / (2 * self.model.demand.concurrency)
+        return self.model.traffic_bytes(unit, unit + 1) + kv_bytes
+
+    def prefill_s_per_token(self, first: int, end: int) -> float | None:
+        """Time of a prompt's token in units first … end-1, None where the rate is not known."""
+        model, device = self.model, self._device
+        if device.flops_per_s is None:
+            return None
+        flops = 2 * _active_parameters(model.spec) * (end - first) / model.num_units
+        rate = device.flops_per_s * self._measured.flops_efficiency
+        overhead_s = 0.0 if device.kind == "cpu" else self._measured.layer_overhead_s
+        launches_s = (end - first) * overhead_s / model.profile.prefill_chunk_tokens
+        return self._prefill_factor * max(flops / rate, launches_s)
+
+
 def predict_speed(
-    spec: ModelSpec,
-    weight_format: Format,
-    engine: str,
-    stages: Sequence[tuple[DeviceSpec, MemoryModel, int, int]],
+    stages: Sequence[tuple[SpeedModel, int, int]], *, streaming_s: float = 0.0
 ) -> TokensPerSecond:
     """Speed of a placement.
 
     Args:
-        spec: The model.
-        weight_format: Format of its linear layers.
-        engine: The engine that runs it.
-        stages: (device, memory model, first unit, end unit) of each device in use, in order.
+        stages: (speed model, first unit, end unit) of each device in use, in order.
+        streaming_s: What waiting for weights from host memory adds to a decode step.
     """
-    measured = calibration(engine, weight_format)
-    decode_s = 0.0
-    prefill_s_per_token = 0.0
-    for device, model, first, end in stages:
-        layers = max(1, end - first)
-        overhead_s = layers * measured.layer_overhead_s if device.kind != "cpu" else 0.0
-        if device.bandwidth_bytes_per_s is None:
-            return TokensPerSecond(decode=None, decode_total=None, prefill=None)
-        read_bytes = model.traffic_bytes(first, end)
-        read_bytes += model.kv_bytes(first, end) // (2 * model.demand.concurrency)
-        bandwidth = device.bandwidth_bytes_per_s * measured.bandwidth_efficiency
-        decode_s += max(read_bytes / bandwidth, overhead_s)
-        chunk = model.profile.prefill_chunk_tokens
-        if device.flops_per_s is None:
-            prefill_s_per_token = float("nan")
-        else:
-            flops = 2 * _active_parameters(spec) * (end - first) / model.num_units
-            rate = device.flops_per_s * measured.flops_efficiency
-            prefill_s_per_token += max(flops / rate, overhead_s / chunk)
-    decode = 1 / decode_s
+    if not all(speed.is_known for speed, _, _ in stages):
+        return TokensPerSecond(decode=None, decode_total=None, prefill=None)
+    if len(stages) == 1 and not streaming_s:
+        decode_s = stages[0][0].alone_s
+    else:
+        decode_s = HOP_S * (len(stages) - 1) + streaming_s
+        decode_s += sum(sum(speed.unit_s[first:end]) for speed, first, end in stages)
+    prefills = [speed.prefill_s_per_token(first, end) for speed, first, end in stages]
+    prefill_s = None if None in prefills else sum(seconds or 0.0 for seconds in prefills)
+    if prefill_s is not None and streaming_s:
+        # Every chunk of a prompt waits for the streamed weights as a decode step does.
+        chunk = min(speed.prefill_chunk_tokens for speed, _, _ in stages)
+        prefill_s += streaming_s / chunk
+    decode = _rounded(1 / decode_s)
     # Requests take turns, one token each: together they are as fast as one alone.
     return TokensPerSecond(
-        decode=_rounded(decode),
-        decode_total=_rounded(decode),
-        prefill=_rounded(1 / prefill_s_per_token) if prefill_s_per_token > 0 else None,
+        decode=decode,
+        decode_total=decode,
+        prefill=_rounded(1 / prefill_s) if prefill_s else None,
     )
+
+
+def load_seconds(spec: ModelSpec, weight_format: Format, engine: str) -> float:
+    """Predicted time of loading from the page cache; a slower disk takes its own time instead."""
+    source_bytes = sum(tensor.numel for tensor in spec.tensors) * spec.dtype.itemsize
+    return _rounded(source_bytes / calibration(engine, weight_format).load_bytes_per_s)
 
 
 def _active_parameters(spec: ModelSpec) -> int:

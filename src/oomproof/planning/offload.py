@@ -1,0 +1,184 @@
+"""Layers that stay in pinned host memory and are streamed to their device in every step.
+
+A device that cannot hold its range keeps the last of its layers in host memory and two buffers,
+each as large as the largest of them: one layer computes while the next one travels. The step is
+then as slow as the link: that is the price. The KV cache stays on the device. Along an order of the
+devices the split is exact; of the orders, the first MAX_ORDERS distinct ones are tried, those with
+the fastest link and the most memory first.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from math import inf
+
+from oomproof.memory.model import RangeMaximum
+from oomproof.planning.placement import Slot, group
+from oomproof.planning.speed import host_link_bytes_per_s
+
+MAX_ORDERS = 24
+"""Device orders that are tried where the devices differ."""
+_BUFFERS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedPlacement:
+    """A range of units for each device, and the units of it that stay in host memory."""
+
+    ranges: Mapping[int, tuple[int, int]]
+    """Device index → (first unit, end unit), in order along the model."""
+    streamed: Mapping[int, tuple[int, int]]
+    """Device index → (first, end) of its units in host memory; absent where it has none."""
+    resident_bytes: Mapping[int, int]
+    """Device index → weight bytes on the device: resident units and streaming buffers."""
+    streamed_bytes: int
+    """Weight bytes in host memory."""
+    streaming_s: float
+    """What waiting for them adds to a decode step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Held:
+    """How a device holds a range."""
+
+    num_streamed: int
+    seconds: float
+    """Time of a decode step in the range, waiting included."""
+
+
+def place_streaming(slots: Sequence[Slot]) -> StreamedPlacement | None:
+    """The fastest placement that fits with layers in host memory; None where none does."""
+    preferred = sorted(
+        slots, key=lambda slot: (-host_link_bytes_per_s(slot.device), -slot.usable_bytes)
+    )
+    kinds = {slots_of_kind[0].kind: _Kind(slots_of_kind[0]) for slots_of_kind in group(slots)}
+    best: tuple[float, list[tuple[Slot, int, int]]] | None = None
+    for order in islice(_distinct_orders(group(preferred)), MAX_ORDERS):
+        found = _split(order, kinds)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
+    return None if best is None else _placement(best[1], kinds)
+
+
+def _distinct_orders(groups: Sequence[Sequence[Slot]]) -> Iterator[list[Slot]]:
+    """Every order of the devices that differs in kind from the ones before it."""
+    if not any(groups):
+        yield []
+    for position, members in enumerate(groups):
+        if members:
+            rest = [*groups[:position], members[1:], *groups[position + 1 :]]
+            for order in _distinct_orders(rest):
+                yield [members[0], *order]
+
+
+class _Kind:
+    """How devices of one kind hold each range, streaming what they must."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self.model = model = slot.model
+        self._link = host_link_bytes_per_s(slot.device)
+        unit_s = slot.unit_seconds or (0.0,) * model.num_units
+        unit_bytes = [model.weights_bytes(unit, unit + 1) for unit in range(model.num_units)]
+        self._largest = RangeMaximum(unit_bytes)
+        self._seconds = [0.0, *accumulate(unit_s)]
+        waits = (
+            max(0.0, size / self._link - seconds)
+            for size, seconds in zip(unit_bytes, unit_s, strict=True)
+        )
+        self._waits = [0.0, *accumulate(waits)]
+        self.held = [
+            [self._hold(first, end) for end in range(first + 1, model.num_units + 1)]
+            for first in range(model.num_units)
+        ]
+        """[first][end - first - 1] → how the range is held, None where it cannot be."""
+
+    def streamed_units(self, end: int, count: int) -> tuple[int, int]:
+        """The last `count` decoder layers before `end`, as units."""
+        last = min(end, self.model.num_units - 1)
+        return last - count, last
+
+    def buffers_bytes(self, first: int, end: int) -> int:
+        """Two buffers for the largest layer of a range."""
+        return _BUFFERS * self._largest(max(first, 1), min(end, self.model.num_units - 1))
+
+    def _hold(self, first: int, end: int) -> _Held | None:
+        model, usable_bytes = self.model, self._slot.usable_bytes
+        seconds = self._seconds[end] - self._seconds[first]
+        excess = model.peak_bytes(first, end) - usable_bytes
+        if excess <= 0:
+            return _Held(num_streamed=0, seconds=seconds)
+        first_layer, end_layer = max(first, 1), min(end, model.num_units - 1)
+        num_layers = end_layer - first_layer
+        if num_layers < 1:
+            return None
+        excess += self.buffers_bytes(first, end)
+        count = bisect_left(
+            range(num_layers + 1),
+            excess,
+            key=lambda n: model.weights_bytes(end_layer - n, end_layer),
+        )
+        if count > num_layers:
+            return None
+        return _Held(num_streamed=count, seconds=seconds + self.waiting_s(end, count))
+
+    def waiting_s(self, end: int, count: int) -> float:
+        """What a step waits for streamed layers beyond the time that they compute."""
+        start, stop = self.streamed_units(end, count)
+        return self._waits[stop] - self._waits[start]
+
+
+def _split(
+    order: Sequence[Slot], kinds: Mapping[tuple[object, ...], _Kind]
+) -> tuple[float, list[tuple[Slot, int, int]]] | None:
+    """The fastest split along an order, any device of which may stay empty."""
+    num_units = order[0].model.num_units
+    times = [inf] * num_units + [0.0]
+    choices: list[list[int]] = []
+    for slot in reversed(order):
+        held = kinds[slot.kind].held
+        best, chosen = list(times), list(range(num_units + 1))
+        for first in range(num_units):
+            for end, way in enumerate(held[first], first + 1):
+                if way is not None and way.seconds + times[end] < best[first]:
+                    best[first], chosen[first] = way.seconds + times[end], end
+        times = best
+        choices.append(chosen)
+    if times[0] == inf:
+        return None
+    parts = []
+    first = 0
+    for slot, chosen in zip(order, reversed(choices), strict=True):
+        if chosen[first] > first:
+            parts.append((slot, first, chosen[first]))
+        first = chosen[first]
+    return times[0], parts
+
+
+def _placement(
+    parts: Sequence[tuple[Slot, int, int]], kinds: Mapping[tuple[object, ...], _Kind]
+) -> StreamedPlacement:
+    ranges, streamed, resident = {}, {}, {}
+    streamed_bytes, streaming_s = 0, 0.0
+    for slot, first, end in parts:
+        index, kind = slot.device.index, kinds[slot.kind]
+        way = kind.held[first][end - first - 1]
+        assert way is not None
+        ranges[index] = (first, end)
+        resident[index] = kind.model.weights_bytes(first, end)
+        if way.num_streamed:
+            streamed[index] = kind.streamed_units(end, way.num_streamed)
+            away = kind.model.weights_bytes(*streamed[index])
+            resident[index] += kind.buffers_bytes(first, end) - away
+            streamed_bytes += away
+            streaming_s += kind.waiting_s(end, way.num_streamed)
+    return StreamedPlacement(
+        ranges=ranges,
+        streamed=streamed,
+        resident_bytes=resident,
+        streamed_bytes=streamed_bytes,
+        streaming_s=streaming_s,
+    )
