@@ -20,9 +20,18 @@ if TYPE_CHECKING:
     from oomproof.engine.model import Model, Stream
     from oomproof.errors import OomproofError
     from oomproof.planning.plan import Plan
-    from oomproof.session import from_pretrained, load, plan
+    from oomproof.session import from_pretrained, load, plan, rehearse
 
-__all__ = ["Model", "OomproofError", "Plan", "Stream", "from_pretrained", "load", "plan"]
+__all__ = [
+    "Model",
+    "OomproofError",
+    "Plan",
+    "Stream",
+    "from_pretrained",
+    "load",
+    "plan",
+    "rehearse",
+]
 
 _HOMES = {
     "Model": "oomproof.engine.model",
@@ -32,6 +41,7 @@ _HOMES = {
     "from_pretrained": "oomproof.session",
     "load": "oomproof.session",
     "plan": "oomproof.session",
+    "rehearse": "oomproof.session",
 }
 
 

@@ -3,6 +3,7 @@
 plan(model, …)             → Plan
 load(plan or model, …)     → Model, which answers prompts
 from_pretrained(model, …)  → an ordinary transformers model, placed by a plan
+rehearse(plan or model, …) → Rehearsal: the plan at full size, with random weights
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import Hardware
 from oomproof.models.resolve import resolve, with_checkpoint
 from oomproof.models.spec import ModelSpec
-from oomproof.planning.notes import read_notes
+from oomproof.planning.notes import read_notes, write_notes
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import Offload, PlanRequest
 from oomproof.planning.search import make_plan
 from oomproof.units import format_bytes, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
+    from oomproof.compat.rehearse import Rehearsal
     from oomproof.engine.model import Model
+    from oomproof.engine.rehearsal import Rung
 
 RUN_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "jinja2")
 
@@ -181,6 +184,48 @@ def from_pretrained(
     )
 
 
+def rehearse(
+    model: Plan | str | Path,
+    *,
+    progress: Progress | None = None,
+    on_rung: Callable[[Rung], None] | None = None,
+    keep_note: bool = True,
+    **options: Any,
+) -> Rehearsal:
+    """Runs a plan at full size with random weights made on the devices: no download, no file.
+
+    Allocates, loads, climbs a prefill ladder up to the planned context and requests, decodes, and
+    compares every term with its prediction. What it measures is noted, also of one that fails, and
+    the next plan on this machine uses it.
+
+    Args:
+        model: A plan of this machine, or what `plan` takes.
+        progress: Told of bytes made ("load", done, total).
+        on_rung: Told of each rung of the ladder.
+        keep_note: Whether what was measured is noted.
+        options: Those of `plan`, where `model` is not a plan.
+
+    Raises:
+        MissingDependencyError, PlanDoesNotFitError, NotRunnableError, InputError: As `load` does.
+    """
+    contract = _agree(model, options, needs_checkpoint=False)
+    from oomproof.compat.rehearse import rehearse_plan
+    from oomproof.loading.devices import prepare_devices
+
+    prepare_devices(contract.plan, contract.hardware)
+    notes = read_notes()
+    rehearsal = rehearse_plan(
+        contract.plan,
+        contract.spec,
+        contract.hardware,
+        progress=_of_stage(progress, "load"),
+        on_rung=on_rung,
+    )
+    if keep_note:
+        write_notes(rehearsal.notes(notes))
+    return rehearsal
+
+
 def require_run_packages() -> None:
     """Checks that the packages of the [run] extra are there, without importing them.
 
@@ -202,7 +247,9 @@ class _Contract:
     hardware: Hardware
 
 
-def _agree(model: Plan | str | Path, options: Mapping[str, Any]) -> _Contract:
+def _agree(
+    model: Plan | str | Path, options: Mapping[str, Any], *, needs_checkpoint: bool = True
+) -> _Contract:
     """The plan to execute, or the reason why there is none."""
     require_run_packages()
     if isinstance(model, Plan):
@@ -215,7 +262,9 @@ def _agree(model: Plan | str | Path, options: Mapping[str, Any]) -> _Contract:
     else:
         agreed = plan(model, **options)
     _refuse_unexecutable(agreed)
-    spec = with_checkpoint(resolve(agreed.source.path, revision=agreed.source.revision))
+    spec = resolve(agreed.source.path, revision=agreed.source.revision)
+    if needs_checkpoint:
+        spec = with_checkpoint(spec)
     if spec.fingerprint != agreed.fingerprint:
         raise PlanMismatchError(
             (f"{agreed.source.path} is another model than the one that was planned",)

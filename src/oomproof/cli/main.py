@@ -15,6 +15,7 @@ from oomproof import __version__
 from oomproof.cli.chat import chat
 from oomproof.cli.doctor import doctor
 from oomproof.cli.plan import plan
+from oomproof.cli.rehearse import rehearse
 from oomproof.cli.run import run
 from oomproof.errors import OomproofError
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(plan)
+app.command()(rehearse)
 app.command()(run)
 app.command()(chat)
 app.command()(doctor)

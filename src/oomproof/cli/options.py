@@ -61,6 +61,10 @@ Engine = Annotated[str, typer.Option("--engine", help="auto or transformers.")]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
 ]
+Note = Annotated[
+    bool,
+    typer.Option("--note/--no-note", help="Keep what was measured for the next plan here."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 MaxNewTokens = Annotated[
     int | None,

@@ -21,6 +21,7 @@ from oomproof.units import GIB, MIB, format_bytes, format_parameters
 if TYPE_CHECKING:
     from oomproof.doctor.checks import Verdict
     from oomproof.engine.model import Model, Stream
+    from oomproof.engine.rehearsal import Rung
 
 _TERMS = tuple(field.name for field in fields(DeviceTerms))
 
@@ -164,7 +165,8 @@ def _print_facts(console: Console, plan: Plan) -> None:
     if speed.decode is not None:
         prefill = "" if speed.prefill is None else f", prompts at {speed.prefill:,.0f}"
         console.print(
-            f"speed      about {speed.decode:,.3g} tokens/s{prefill}, loaded in {_loading_time(plan)} (predicted)"
+            f"speed      about {speed.decode:,.3g} tokens/s{prefill}, "
+            f"loaded in {_loading_time(plan)} (predicted)"
         )
     for reason in plan.reasons:
         console.print(f"· {escape(reason)}")
@@ -241,9 +243,20 @@ def print_speed(stream: Stream) -> None:
     say(f"[{line}; ended by {stream.finish_reason}]")
 
 
-def print_memory(plan: Plan, measured: Mapping[int, DeviceTerms]) -> None:
-    """Predicted against measured bytes of each term, a table on stderr."""
-    console = Console(stderr=True, highlight=False)
+def print_rung(rung: Rung) -> None:
+    """A rung of a rehearsal, as a line of talk."""
+    requests = "" if rung.requests == 1 else f"{rung.requests} requests of "
+    line = f"{requests}{rung.prompt_tokens:,} prompt tokens: first after {rung.first_token_s:.2f} s"
+    if rung.tokens_per_second is not None:
+        line += f", then {rung.tokens_per_second:.1f} tokens/s"
+    say(line)
+
+
+def print_memory(
+    plan: Plan, measured: Mapping[int, DeviceTerms], *, to_stdout: bool = False
+) -> None:
+    """Predicted against measured bytes of each term: a table, on stderr where it is talk."""
+    console = _stdout() if to_stdout else Console(stderr=True, highlight=False)
     for device in plan.devices_in_use:
         terms = measured[device.index]
         table = Table(

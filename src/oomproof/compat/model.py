@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -15,6 +15,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 from oomproof.compat.verify import verify_parameters
 from oomproof.errors import CheckpointError, LoadError, OomproofError
+from oomproof.loading.random_tensors import RandomTensors
 from oomproof.loading.reader import CheckpointReader, Progress
 from oomproof.models.spec import CheckpointSpec, ModelSpec
 from oomproof.planning.handoff import device_map, quantization_settings
@@ -51,16 +52,46 @@ def load_model(
     with _in_our_words(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     generation_config = _read_generation_config(folder)
+    reader = CheckpointReader(
+        folder, _without_ignored(spec.checkpoint), _device_finder(device_map(plan)), progress
+    )
+    model = _load(plan, spec, config, reader, str(folder / "config.json"))
+    model.config.name_or_path = str(folder)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    return model
+
+
+def load_random_model(
+    plan: Plan, spec: ModelSpec, *, progress: Progress | None = None, seed: int = 0
+) -> Any:
+    """As `load_model`, with random weights made on their devices instead of a checkpoint's.
+
+    Raises:
+        CheckpointError: transformers cannot use the model's config.
+        LoadError: transformers found parameters missing, unexpected or mis-shaped.
+        PlanMismatchError: A loaded parameter differs from the plan.
+    """
+    location = f"{spec.source.path}, config.json"
+    with _in_our_words(location):
+        config = AutoConfig.for_model(**spec.config)
+    source = RandomTensors(spec, _device_finder(device_map(plan)), progress, seed=seed)
+    return _load(plan, spec, config, source, location)
+
+
+class _TensorSource(Protocol):
+    def open(self) -> AbstractContextManager[Mapping[str, Any]]: ...
+
+
+def _load(plan: Plan, spec: ModelSpec, config: Any, source: _TensorSource, location: str) -> Any:
+    """transformers' model with the source's tensors, as planned, and compared with the plan."""
     model_class = getattr(transformers, spec.architecture)
     placed = device_map(plan)
-    reader = CheckpointReader(
-        folder, _without_ignored(spec.checkpoint), _device_finder(placed), progress
-    )
     settings = quantization_settings(plan)
     _quiet_libraries()
     with (
-        _in_our_words(folder / "config.json"),
-        reader.open() as tensors,
+        _in_our_words(location),
+        source.open() as tensors,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)
@@ -74,17 +105,14 @@ def load_model(
             quantization_config=None if settings is None else BitsAndBytesConfig(**settings),
             output_loading_info=True,
         )
-    _refuse_partial(folder, info)
+    _refuse_partial(location, info)
     model.eval()
-    model.config.name_or_path = str(folder)
-    if generation_config is not None:
-        model.generation_config = generation_config
     verify_parameters(model, plan, spec)
     return model
 
 
 @contextmanager
-def _in_our_words(file: Path) -> Iterator[None]:
+def _in_our_words(file: Path | str) -> Iterator[None]:
     """Whatever transformers stumbles over becomes one error that names the file.
 
     Its configs and loaders raise a dozen types for a wrong value. Running out of memory is no
@@ -136,7 +164,7 @@ def _device_finder(placed: dict[str, int | str]) -> Any:
     return device_of
 
 
-def _refuse_partial(folder: Path, info: dict[str, Any]) -> None:
+def _refuse_partial(location: str, info: dict[str, Any]) -> None:
     """transformers only warns of what it could not load; a plan is not met that way."""
     problems = {
         "missing": sorted(info["missing_keys"]),
@@ -148,7 +176,7 @@ def _refuse_partial(folder: Path, info: dict[str, Any]) -> None:
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise LoadError(
-                f"{folder}: {len(names)} {what} parameters: {shown}",
+                f"{location}: {len(names)} {what} parameters: {shown}",
                 remedy="the checkpoint does not belong to its config.json; download it again",
             )
 

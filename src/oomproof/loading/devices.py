@@ -48,16 +48,14 @@ def prepare_devices(plan: Plan, hardware: Hardware) -> None:
         if device.kind != "cuda":
             continue
         _check_cuda(device)
-        if plan.cap_bytes is not None:
-            _cap(device, plan.cap_bytes)
+        if device.limit_bytes is not None:
+            _cap(device, device.limit_bytes)
 
 
 def release_devices(plan: Plan) -> None:
-    """Lifts the cap that `prepare_devices` set; for when the planned model is gone."""
-    if plan.cap_bytes is None:
-        return
+    """Lifts the limits that `prepare_devices` set; for when the planned model is gone."""
     for device in plan.devices_in_use:
-        if device.kind == "cuda":
+        if device.kind == "cuda" and device.limit_bytes is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
@@ -80,8 +78,8 @@ def _check_cuda(device: DevicePlan) -> None:
         )
 
 
-def _cap(device: DevicePlan, cap_bytes: int) -> None:
-    """Makes torch fail rather than pass the cap: its own share is what the context leaves."""
+def _cap(device: DevicePlan, limit_bytes: int) -> None:
+    """Makes torch fail rather than pass the limit: its own share is what the context leaves."""
     total = torch.cuda.get_device_properties(device.index).total_memory
-    share = (cap_bytes - device.terms.cuda_context) / total
+    share = (limit_bytes - device.terms.cuda_context) / total
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device.index)

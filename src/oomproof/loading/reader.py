@@ -165,10 +165,10 @@ class LazyTensor:
 
     def get_dtype(self) -> str:
         """Its element type, by safetensors' name."""
-        return _SAFETENSORS_NAMES[self._tensor.dtype]
+        return SAFETENSORS_NAMES[self._tensor.dtype]
 
 
-_SAFETENSORS_NAMES = {
+SAFETENSORS_NAMES = {
     DType.FLOAT64: "F64",
     DType.FLOAT32: "F32",
     DType.BFLOAT16: "BF16",

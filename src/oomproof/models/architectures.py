@@ -143,6 +143,7 @@ def build_spec(
         dtype=read_dtype(whole if whole.value("dtype") is not None else reader),
         attention=_attention(family, decoder),
         tensors=(*vision, *_decoder_tensors(family, decoder, tied=tied)),
+        config=config,
         checkpoint=checkpoint,
         checkpoint_quantization=read_quantization(whole),
         num_experts=decoder.num_experts if family.experts else 0,

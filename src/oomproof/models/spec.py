@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from math import prod
@@ -125,6 +126,8 @@ class ModelSpec:
     attention: tuple[AttentionSpec, ...]
     """One for each decoder layer."""
     tensors: tuple[TensorSpec, ...]
+    config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
+    """The fields of its config.json, as they were read."""
     checkpoint: CheckpointSpec | None = None
     download_bytes: int | None = None
     """Bytes of every file to fetch, where the hub told them."""

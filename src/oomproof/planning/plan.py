@@ -30,6 +30,8 @@ class DevicePlan:
     uuid: str | None
     usable_bytes: int
     """Free before our own context, less --reserve, at most --max-memory and --cap."""
+    limit_bytes: int | None = None
+    """--cap or --max-memory, the smaller one: enforced while running; None for no limit."""
     layers: tuple[int, int] | None
     """First and last decoder layer, both included; None where it holds none."""
     streamed_layers: tuple[int, int] | None = None

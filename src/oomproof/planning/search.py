@@ -236,8 +236,12 @@ class Planner:
         usable = device.free_bytes - self.request.reserve_bytes
         if device.kind == "cpu":
             usable -= host.peak_bytes
+        limit = self._limit_bytes(device)
+        return max(0, usable if limit is None else min(usable, limit))
+
+    def _limit_bytes(self, device: DeviceSpec) -> int | None:
         limits = (self.request.max_memory.get(device.index), self.request.cap_bytes)
-        return max(0, min([usable, *(limit for limit in limits if limit is not None)]))
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _assemble(
         self, chosen: Candidate, others: Sequence[Candidate], better: Sequence[Candidate]
@@ -353,6 +357,7 @@ class Planner:
             kind=slot.device.kind,
             uuid=slot.device.uuid,
             usable_bytes=slot.usable_bytes,
+            limit_bytes=self._limit_bytes(slot.device),
             layers=(first_layer, last_layer) if first_layer <= last_layer else None,
             streamed_layers=None if streamed is None else (streamed[0] - 1, streamed[1] - 2),
             holds_embedding=holds_embedding,
