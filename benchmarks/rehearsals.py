@@ -80,7 +80,7 @@ ROWS = {
         max_memory=("0=24GiB", "1=32GiB"),
     ),
     "four-405b": Row(model="llama-3.1-405b", format="nf4-dq", cap="80GiB", context=8192),
-    "four-405b-full": Row(model="llama-3.1-405b", format="nf4", cap="80GiB", context=4096),
+    "four-405b-64": Row(model="llama-3.1-405b", format="nf4-dq", cap="64GiB", context=4096),
 }
 ONE_GPU = [name for name in ROWS if not name.startswith(("two", "four"))]
 
