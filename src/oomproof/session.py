@@ -58,6 +58,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
     engine: str = "auto",
     offload: str = "none",
     force: bool = False,
+    what_would_it_take: bool = False,
     revision: str | None = None,
 ) -> Plan:
     """Plans a model on this machine, or on a described one.
@@ -76,6 +77,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         engine: "transformers", or "auto".
         offload: "cpu" keeps layers that fit on no device in host memory, streamed in every step.
         force: Accepts a plan that streams at less than a token a second.
+        what_would_it_take: Also looks for the smallest listed hardware on which it would fit.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -95,6 +97,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         engine=engine,
         offload=cast(Offload, offload),
         force=force,
+        what_would_it_take=what_would_it_take,
     )
     return make_plan(spec, _hardware(gpus), request, read_notes() if gpus is None else None)
 

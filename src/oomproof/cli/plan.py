@@ -18,6 +18,13 @@ Gpus = Annotated[
     ),
 ]
 
+WhatWouldItTake = Annotated[
+    bool,
+    typer.Option(
+        "--what-would-it-take", help="Also name the smallest listed hardware that would do."
+    ),
+]
+
 
 def plan(
     model: options.Model,
@@ -32,6 +39,7 @@ def plan(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    what_would_it_take: WhatWouldItTake = False,
     revision: options.Revision = None,
     json: options.Json = False,
 ) -> None:
@@ -51,6 +59,7 @@ def plan(
         engine=engine,
         offload=offload,
         force=force,
+        what_would_it_take=what_would_it_take,
         revision=revision,
     )
     if json:

@@ -46,6 +46,8 @@ def print_plan(plan: Plan) -> None:
     _print_facts(console, plan)
     if plan.alternatives:
         console.print(_alternatives_table(plan))
+    if plan.what_it_would_take:
+        console.print(_requirements_table(plan))
 
 
 def describe_choice(plan: Plan) -> str:
@@ -189,6 +191,25 @@ def _alternatives_table(plan: Plan) -> Table:
             verdict = "fits" if other.runnable else "fits, no engine here runs it"
         largest = f"{other.max_context:,}" if other.max_context else "–"
         table.add_row(other.format, verdict, largest)
+    return table
+
+
+def _requirements_table(plan: Plan) -> Table:
+    """A row a format, a column a number of devices."""
+    counts = sorted({requirement.count for requirement in plan.what_it_would_take})
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"the smallest listed hardware, at {plan.context:,} tokens",
+        title_justify="left",
+    )
+    table.add_column("format")
+    for count in counts:
+        table.add_column(f"{count} ×")
+    names = {(r.format, r.count): r.accelerator for r in plan.what_it_would_take}
+    for name in dict.fromkeys(requirement.format for requirement in plan.what_it_would_take):
+        table.add_row(name, *(names.get((name, count), "–") for count in counts))
     return table
 
 

@@ -94,6 +94,22 @@ class Alternative:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Requirement:
+    """Listed hardware on which the model would fit: equal devices in one machine."""
+
+    format: str
+    count: int
+    accelerator: str
+    """A name that --gpus takes."""
+    free_bytes: int
+    """Of each of them, idle."""
+    context: int
+    concurrency: int
+    tokens_per_second: float | None
+    """Predicted decode speed of one request."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What goes where, whether it fits, and why not something better."""
 
@@ -137,6 +153,8 @@ class Plan:
     load_s: float
     """Predicted seconds of loading, from files in the page cache."""
     reasons: tuple[str, ...]
+    what_it_would_take: tuple[Requirement, ...] = ()
+    """The smallest listed hardware for each format and count, where it was asked for."""
     cap_bytes: int | None = None
     """Most bytes of each device, enforced while running."""
     prefill_chunk_tokens: int

@@ -43,6 +43,8 @@ class PlanRequest:
     """"cpu": layers that fit on no device stay in host memory and are streamed; "none"."""
     max_host_bytes: int | None = None
     """Most host RAM the plan may use."""
+    what_would_it_take: bool = False
+    """Whether the smallest listed hardware that would do is looked for."""
     force: bool = False
     """Accepts a plan that streams at less than a token a second."""
 

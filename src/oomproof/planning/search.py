@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from oomproof.errors import InputError
@@ -39,14 +40,27 @@ def make_plan(
         InputError: A context beyond the model's maximum, an already quantized checkpoint, or a
             limit for a device that is not there.
     """
-    return Planner(spec, hardware, request, notes or Notes()).plan()
+    planner = Planner(spec, hardware, request, notes or Notes())
+    plan = planner.plan()
+    if not request.what_would_it_take:
+        return plan
+    from oomproof.planning.requirements import what_it_would_take
+
+    return replace(
+        plan, what_it_would_take=what_it_would_take(planner, plan.context, plan.concurrency)
+    )
 
 
 class Planner:
     """One model on one machine; keeps what the candidates share."""
 
     def __init__(
-        self, spec: ModelSpec, hardware: Hardware, request: PlanRequest, notes: Notes
+        self,
+        spec: ModelSpec,
+        hardware: Hardware,
+        request: PlanRequest,
+        notes: Notes,
+        weight_costs: dict[tuple[str, EngineProfile], WeightCosts] | None = None,
     ) -> None:
         self.spec = spec
         self.hardware = hardware
@@ -54,14 +68,14 @@ class Planner:
         self.notes = notes
         self.engine = "transformers" if request.engine == "auto" else request.engine
         self._profiles: dict[str, tuple[EngineProfile, ...]] = {}
-        self._weight_costs: dict[tuple[str, EngineProfile], WeightCosts] = {}
+        self._weight_costs = {} if weight_costs is None else weight_costs
         _refuse_impossible(spec, hardware, request)
 
     def plan(self) -> Plan:
         """The plan, fitting or not."""
         context = self._asked_context()
         concurrency = 1 if self.request.concurrency == "auto" else self.request.concurrency
-        candidates = [self.candidate(name, context, concurrency) for name in self._format_names()]
+        candidates = [self.candidate(name, context, concurrency) for name in self.format_names()]
         chosen = self._choose(candidates)
         name = chosen.format.name
         if self.request.context == "auto" and (largest := self.max_context(chosen)) > 0:
@@ -115,6 +129,17 @@ class Planner:
             streaming=streaming,
         )
 
+    def on(self, hardware: Hardware) -> Planner:
+        """A planner of the same model for another machine, without this one's limits and notes."""
+        free = replace(self.request, max_memory={}, cap_bytes=None, reserve_bytes=0)
+        return Planner(self.spec, hardware, free, Notes(), self._weight_costs)
+
+    def least_weights_bytes(self, format_name: str) -> int:
+        """Fewest bytes that the weights take on any devices."""
+        weight_format = get_format(format_name)
+        profile = self._profiles_for(weight_format)[0]
+        return self._costs(weight_format, profile).weights[-1]
+
     def max_context(self, like: Candidate) -> int:
         """The largest multiple of the KV page that fits, 0 where none does."""
         limit = self.spec.max_position_embeddings
@@ -150,6 +175,7 @@ class Planner:
                 return quick[0]
             if fitting_streamed:
                 return max(fitting_streamed, key=lambda c: c.decode_speed)
+            return min((runnable[-1], streamed[-1]), key=lambda c: c.shortfall_bytes)
         return runnable[-1]
 
     def _asked_context(self) -> int:
@@ -179,7 +205,7 @@ class Planner:
             return self.request.kv_format
         return "bf16" if compute_dtype is DType.BFLOAT16 else "fp16"
 
-    def _format_names(self) -> list[str]:
+    def format_names(self) -> list[str]:
         """What to try, best quality first."""
         if self.request.format != "auto":
             return [self.request.format]
