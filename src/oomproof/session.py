@@ -224,8 +224,8 @@ def rehearse(
         progress=_of_stage(progress, "load"),
         on_rung=on_rung,
     )
-    if keep_note:
-        write_notes(rehearsal.notes(notes))
+    if keep_note and (found := rehearsal.notes(notes)):
+        write_notes(found)
     return rehearsal
 
 

@@ -1,0 +1,174 @@
+"""A rehearsal on the CPU: what it measures, what it leaves behind, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from oomproof.compat.engine import TransformersEngine
+from oomproof.compat.rehearse import Rehearsal
+from oomproof.engine.rehearsal import Rung
+from oomproof.errors import PlanDoesNotFitError
+from oomproof.hardware.describe import describe
+from oomproof.memory.terms import DeviceTerms
+from oomproof.models.resolve import resolve
+from oomproof.planning.notes import Notes, read_notes
+from oomproof.planning.request import PlanRequest
+from oomproof.planning.search import make_plan
+from oomproof.session import plan, rehearse
+from oomproof.units import MIB
+from tests.cli.invoke import invoke
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OOMPROOF_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("format_name", ["bf16", "nf4", "nf4-dq"])
+def test_a_plan_is_run_at_full_size_and_compared(format_name: str) -> None:
+    told: list[Rung] = []
+    found = rehearse("tiny", format=format_name, context=512, on_rung=told.append)
+    assert found.kept_its_promise
+    assert found.load_s is not None
+    assert told == list(found.rungs)
+    assert [(rung.requests, rung.prompt_tokens) for rung in told] == [(1, 64), (1, 480)]
+    [device] = found.plan.devices_in_use
+    measured = found.measured[device.index]
+    assert measured.weights == pytest.approx(device.terms.weights, rel=0.01)
+    assert measured.kv_cache == pytest.approx(device.terms.kv_cache, rel=0.01)
+
+
+def test_a_model_of_the_catalog_is_rehearsed_without_its_files() -> None:
+    found = rehearse("smollm2-135m", format="bf16", context=96)
+    assert found.kept_its_promise
+    assert found.plan.source.kind == "catalog"
+
+
+def test_concurrent_requests_are_filled_together() -> None:
+    found = rehearse("tiny", format="bf16", context=256, concurrency=3)
+    assert [rung.requests for rung in found.rungs] == [1, 1, 3]
+
+
+def test_a_plan_that_does_not_fit_is_not_begun() -> None:
+    with pytest.raises(PlanDoesNotFitError):
+        rehearse("tiny", cap="1MiB")
+
+
+def test_the_processor_leaves_no_note() -> None:
+    rehearse("tiny", format="bf16", context=64)
+    assert read_notes() == Notes()
+
+
+def test_running_out_of_memory_is_a_result_and_names_the_rung(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = TransformersEngine._forward
+
+    def fail(engine: TransformersEngine, *arguments: object) -> torch.Tensor:
+        if len(arguments[1]) > 100:  # type: ignore[arg-type]
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of"
+            )
+        return forward(engine, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TransformersEngine, "_forward", fail)
+    found = rehearse("tiny", format="bf16", context=512)
+    assert found.failed == "out of memory while running, after 1 rungs"
+    assert (found.asked_bytes, found.failed_device) == (1536 * MIB, 0)
+    assert not found.kept_its_promise
+
+
+def on_a_gpu(**changes: object) -> Rehearsal:
+    """A rehearsal as it would end on an H200."""
+    machine = describe("H200")
+    made = make_plan(resolve("llama-3.1-8b"), machine, PlanRequest(format="nf4-dq"))
+    terms = made.devices[0].terms
+    values: dict[str, object] = {
+        "plan": made,
+        "devices": machine.devices,
+        "measured": {0: replace(terms, cuda_context=700 * MIB, margin=0)},
+        "rungs": (
+            Rung(requests=1, prompt_tokens=64, new_tokens=32, first_token_s=9.0, decode_s=9.0),
+            Rung(requests=1, prompt_tokens=8160, new_tokens=32, first_token_s=1.0, decode_s=1.0),
+        ),
+        "load_s": 3.0,
+        "failed": None,
+    }
+    return Rehearsal(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_a_note_holds_what_the_next_plan_needs() -> None:
+    found = on_a_gpu()
+    [note] = found.notes(Notes())
+    assert (note.device, note.kind, note.failed) == ("NVIDIA H200", "4-bit", None)
+    assert note.cuda_context_bytes == 700 * MIB
+    assert note.workspace_excess_bytes == 0
+    predicted = found.plan.tokens_per_second
+    assert predicted.decode is not None
+    assert note.decode_factor == pytest.approx(predicted.decode / 31, rel=0.001)
+    assert predicted.prefill is not None
+    assert note.prefill_factor == pytest.approx(predicted.prefill / 8160, rel=0.001)
+
+
+def test_a_second_rehearsal_confirms_the_corrected_speed() -> None:
+    notes = Notes(tuple(on_a_gpu().notes(Notes())))
+    made = make_plan(resolve("llama-3.1-8b"), describe("H200"), PlanRequest(format="nf4-dq"), notes)
+    assert made.tokens_per_second.decode == pytest.approx(31, rel=0.01)
+    [again] = on_a_gpu(plan=made).notes(notes)
+    assert again.decode_factor == pytest.approx(notes.entries[0].decode_factor, rel=0.01)
+
+
+def test_what_took_more_than_planned_is_told_and_noted() -> None:
+    planned = on_a_gpu().plan.devices[0].terms
+    more = replace(planned, workspace=planned.workspace + 64 * MIB, margin=0)
+    found = on_a_gpu(measured={0: more})
+    assert not found.kept_its_promise
+    assert "took" in found.exceeded[0]
+    [note] = found.notes(Notes())
+    assert note.workspace_excess_bytes == 64 * MIB
+
+
+def test_a_failure_notes_what_was_asked_for_on_its_device() -> None:
+    found = on_a_gpu(failed="out of memory while loading", asked_bytes=MIB, failed_device=0)
+    [note] = found.notes(Notes())
+    assert (note.failed, note.workspace_excess_bytes) == ("out of memory while loading", MIB)
+
+
+def test_the_command_prints_the_comparison_and_the_rungs(home: Path) -> None:
+    done = invoke("rehearse", "tiny", "--context", "256", "--format", "nf4-dq")
+    assert done.code == 0
+    for word in ("weights", "kv_cache", "peak without margin"):
+        assert word in done.out
+    assert "64 prompt tokens: first after" in done.err
+    done = invoke("rehearse", "tiny", "--context", "256", "--format", "nf4-dq", "--json")
+    plain = json.loads(done.out)
+    assert plain["kept_its_promise"] is True
+    assert plain["devices"][0]["measured"]["weights"] > 0
+    assert not (home / "calibration.jsonl").exists()
+
+
+def test_the_command_says_when_a_promise_was_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: object, **_options: object) -> Rehearsal:
+        return on_a_gpu(measured={0: DeviceTerms(weights=2**40)})
+
+    monkeypatch.setattr("oomproof.session.rehearse", broken)
+    made = on_a_gpu().plan
+    monkeypatch.setattr("oomproof.session.plan", lambda *_a, **_o: made)
+    done = invoke("rehearse", "llama-3.1-8b")
+    assert done.code == 1
+    assert "plan again: the difference is noted" in done.err.splitlines()[-1]
+
+
+def test_too_small_a_cap_is_exit_code_3() -> None:
+    assert invoke("rehearse", "tiny", "--cap", "1MiB").code == 3
+
+
+def test_a_plan_can_be_rehearsed_as_it_is() -> None:
+    made = plan("tiny", format="bf16", context=96)
+    assert rehearse(made).plan is made
