@@ -9,11 +9,12 @@ the fastest link and the most memory first.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from math import inf
+from operator import add
 
 from oomproof.memory.model import RangeMaximum
 from oomproof.planning.placement import Slot, group
@@ -38,15 +39,6 @@ class StreamedPlacement:
     """Weight bytes in host memory."""
     streaming_s: float
     """What waiting for them adds to a decode step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Held:
-    """How a device holds a range."""
-
-    num_streamed: int
-    seconds: float
-    """Time of a decode step in the range, waiting included."""
 
 
 def place_streaming(slots: Sequence[Slot]) -> StreamedPlacement | None:
@@ -90,11 +82,11 @@ class _Kind:
             for size, seconds in zip(unit_bytes, unit_s, strict=True)
         )
         self._waits = [0.0, *accumulate(waits)]
-        self.held = [
-            [self._hold(first, end) for end in range(first + 1, model.num_units + 1)]
-            for first in range(model.num_units)
-        ]
-        """[first][end - first - 1] → how the range is held, None where it cannot be."""
+        ways = [self._hold_from(first) for first in range(model.num_units)]
+        self.counts = [[count for count, _ in row] for row in ways]
+        """[first][end - first - 1] → how many layers of the range are streamed."""
+        self.seconds = [[seconds for _, seconds in row] for row in ways]
+        """[first][end - first - 1] → time of a decode step there; inf where it cannot be held."""
 
     def streamed_units(self, end: int, count: int) -> tuple[int, int]:
         """The last `count` decoder layers before `end`, as units."""
@@ -105,25 +97,30 @@ class _Kind:
         """Two buffers for the largest layer of a range."""
         return _BUFFERS * self._largest(max(first, 1), min(end, self.model.num_units - 1))
 
-    def _hold(self, first: int, end: int) -> _Held | None:
+    def _hold_from(self, first: int) -> list[tuple[int, float]]:
+        """(layers streamed, seconds) of each range from `first`, growing."""
         model, usable_bytes = self.model, self._slot.usable_bytes
-        seconds = self._seconds[end] - self._seconds[first]
-        excess = model.peak_bytes(first, end) - usable_bytes
-        if excess <= 0:
-            return _Held(num_streamed=0, seconds=seconds)
-        first_layer, end_layer = max(first, 1), min(end, model.num_units - 1)
-        num_layers = end_layer - first_layer
-        if num_layers < 1:
-            return None
-        excess += self.buffers_bytes(first, end)
-        count = bisect_left(
-            range(num_layers + 1),
-            excess,
-            key=lambda n: model.weights_bytes(end_layer - n, end_layer),
-        )
-        if count > num_layers:
-            return None
-        return _Held(num_streamed=count, seconds=seconds + self.waiting_s(end, count))
+        weights, last_unit = model.costs.weights, model.num_units - 1
+        first_layer = max(first, 1)
+        ways = []
+        for end, peak in enumerate(model.peaks_from(first), first + 1):
+            seconds = self._seconds[end] - self._seconds[first]
+            if peak <= usable_bytes:
+                ways.append((0, seconds))
+                continue
+            end_layer = min(end, last_unit)
+            if end_layer <= first_layer:
+                ways.append((0, inf))
+                continue
+            excess = peak - usable_bytes + self.buffers_bytes(first, end)
+            # The last layer from which on enough is away.
+            start = bisect_right(weights, weights[end_layer] - excess, hi=end_layer + 1) - 1
+            if start < first_layer:
+                ways.append((0, inf))
+                continue
+            count = end_layer - start
+            ways.append((count, seconds + self.waiting_s(end, count)))
+        return ways
 
     def waiting_s(self, end: int, count: int) -> float:
         """What a step waits for streamed layers beyond the time that they compute."""
@@ -139,12 +136,12 @@ def _split(
     times = [inf] * num_units + [0.0]
     choices: list[list[int]] = []
     for slot in reversed(order):
-        held = kinds[slot.kind].held
         best, chosen = list(times), list(range(num_units + 1))
-        for first in range(num_units):
-            for end, way in enumerate(held[first], first + 1):
-                if way is not None and way.seconds + times[end] < best[first]:
-                    best[first], chosen[first] = way.seconds + times[end], end
+        for first, seconds in enumerate(kinds[slot.kind].seconds):
+            totals = list(map(add, seconds, islice(times, first + 1, None)))
+            least = min(totals)
+            if least < best[first]:
+                best[first], chosen[first] = least, first + 1 + totals.index(least)
         times = best
         choices.append(chosen)
     if times[0] == inf:
@@ -165,16 +162,15 @@ def _placement(
     streamed_bytes, streaming_s = 0, 0.0
     for slot, first, end in parts:
         index, kind = slot.device.index, kinds[slot.kind]
-        way = kind.held[first][end - first - 1]
-        assert way is not None
+        count = kind.counts[first][end - first - 1]
         ranges[index] = (first, end)
         resident[index] = kind.model.weights_bytes(first, end)
-        if way.num_streamed:
-            streamed[index] = kind.streamed_units(end, way.num_streamed)
+        if count:
+            streamed[index] = kind.streamed_units(end, count)
             away = kind.model.weights_bytes(*streamed[index])
             resident[index] += kind.buffers_bytes(first, end) - away
             streamed_bytes += away
-            streaming_s += kind.waiting_s(end, way.num_streamed)
+            streaming_s += kind.waiting_s(end, count)
     return StreamedPlacement(
         ranges=ranges,
         streamed=streamed,
