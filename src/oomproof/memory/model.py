@@ -112,6 +112,7 @@ class MemoryModel:
             context=self.demand.context,
             compute_dtype=self.costs.compute_dtype,
             largest_linear=largest_linear,
+            splits_outliers=self.costs.weight_format.name == "llm-int8",
             has_head=has_head,
         )
         return workspace_bytes(self.spec, shape, self.profile)

@@ -27,6 +27,8 @@ class WorkspaceShape:
     compute_dtype: DType
     largest_linear: int
     """Elements of the largest quantized weight there, 0 where none is quantized."""
+    splits_outliers: bool = False
+    """Whether columns of outliers are computed in 16 bits, as LLM.int8() does."""
     has_head: bool
     """Whether logits are computed there."""
 
@@ -85,7 +87,14 @@ def logits_bytes(spec: ModelSpec, itemsize: int) -> int:
 
 
 def dequantization_bytes(shape: WorkspaceShape, profile: EngineProfile) -> int:
-    """The 16-bit copy of the largest weight, and its absmax in float32 (twice, while un-nested)."""
+    """The 16-bit copy of the largest weight, and its absmax in float32 (twice, while un-nested).
+
+    LLM.int8() copies the columns that meet an outlier: how many depends on the prompt, all of them
+    at worst, as 8-bit codes and twice as float32 before they are 16-bit (bitsandbytes 0.50,
+    backends/default/ops.py and _ops.py).
+    """
+    if shape.splits_outliers:
+        return shape.largest_linear * (1 + 2 * _FLOAT32_BYTES)
     if not profile.dequantizes_to_scratch:
         return 0
     copy_bytes = shape.largest_linear * shape.compute_dtype.itemsize

@@ -1,8 +1,9 @@
 """Predicted speed, from bytes, bandwidth, FLOP/s and measured efficiency.
 
-A decode step reads every weight and the cache once, or takes its launches' time, whichever is
-more; units of the model run one after the other, on one device or on several. A prompt's chunk is
-bound by arithmetic in the same way.
+A decode step reads every weight once, or takes its launches' time, whichever is more, and then
+attends: where the engine copies keys and values to every query head over the whole planned context,
+those copies are read and written too. Units of the model run one after the other, on one device or
+on several. A prompt's chunk is bound by the arithmetic of its weights and of its attention.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ class Calibration:
     bandwidth_efficiency: float
     """Share of the datasheet's bandwidth that reading weights reaches."""
     flops_efficiency: float
-    """Share of the datasheet's FLOP/s that a prefill chunk reaches."""
+    """Share of the datasheet's FLOP/s that a prefill chunk's products with weights reach."""
     layer_overhead_s: float
     """Least time of one layer: launches, Python; it bounds small models and fast GPUs."""
+    chunk_overhead_s: float
+    """The same for a chunk of a prompt."""
     split_overhead_s: float
     """What a layer costs besides, where the model is spread over several devices."""
     load_bytes_per_s: float
@@ -50,37 +53,48 @@ class Calibration:
 
 
 _H200 = "NVIDIA H200, torch 2.11, transformers 5.17, bitsandbytes 0.50.2"
-_SPLIT = "; over two GPUs 8B nf4-dq 21.8 tokens/s, 2026-11-21 (accelerate's hooks)"
+_SOURCE = f"2026-11-21, {_H200} (benchmarks/results/rehearsals-h200.jsonl)"
+_SPLIT = "; over two GPUs 8B nf4-dq 21.8 tokens/s (accelerate's hooks)"
+_LOADING = "; loading: contract-h200.jsonl"
 
 CALIBRATIONS: dict[tuple[str, str], Calibration] = {
-    # (engine, kind of weights) → calibration; benchmarks/results/contract-h200.jsonl.
+    # (engine, kind of weights) → calibration.
     ("transformers", "16-bit"): Calibration(
         bandwidth_efficiency=0.75,
-        flops_efficiency=0.23,
-        layer_overhead_s=0.62e-3,
+        flops_efficiency=0.38,
+        layer_overhead_s=0.58e-3,
+        chunk_overhead_s=0.95e-3,
         split_overhead_s=0.50e-3,
         load_bytes_per_s=3.6e9,
-        measured=f"2026-11-21, {_H200}: 8B 45.0 tokens/s, 1B 95.0, 8B prompts at 15.2 k" + _SPLIT,
+        measured=f"{_SOURCE}: tokens/s and prompts at 8k of 1B 93 and 60 k, 3B 50 and 30 k, "
+        f"8B 44 and 20 k, 14B 36 and 11 k{_SPLIT}{_LOADING}",
     ),
     ("transformers", "4-bit"): Calibration(
         bandwidth_efficiency=0.20,
-        flops_efficiency=0.19,
-        layer_overhead_s=0.85e-3,
+        flops_efficiency=0.27,
+        layer_overhead_s=0.70e-3,
+        chunk_overhead_s=1.6e-3,
         split_overhead_s=0.50e-3,
         load_bytes_per_s=3.2e9,
-        measured=f"2026-11-21, {_H200}: 8B 34.4 tokens/s, prompts at 12.7 k; "
-        "the bandwidth from 405B layers at 4.9 tokens/s, 2026-11-20" + _SPLIT,
+        measured=f"{_SOURCE}: 1B 81 tokens/s, 3B 51, 8B 36 to 41, 14B 24, prompts at 21 k, 20 k, "
+        f"14 k and 9 k; the bandwidth from 405B layers at 4.9 tokens/s{_SPLIT}{_LOADING}",
     ),
     ("transformers", "llm-int8"): Calibration(
         bandwidth_efficiency=0.20,
         flops_efficiency=0.11,
-        layer_overhead_s=2.1e-3,
+        layer_overhead_s=2.0e-3,
+        chunk_overhead_s=3.5e-3,
         split_overhead_s=0.50e-3,
         load_bytes_per_s=1.0e9,
-        measured=f"2026-11-21, {_H200}: 8B 14.0 tokens/s, prompts at 7.2 k; "
-        "the bandwidth as for 4 bits, not measured" + _SPLIT,
+        measured=f"{_SOURCE}: 1B 31 tokens/s, 3B 15, 8B 14, 14B 10, prompts at 10 k, 10 k, 6 k "
+        f"and 4 k; the bandwidth as for 4 bits, not measured{_SPLIT}{_LOADING}",
     ),
 }
+
+ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
+"""Share of the bandwidth that copying keys and values to the query heads reaches, as 16 bits do."""
+ATTENTION_FLOPS_EFFICIENCY = 0.43
+"""Share of the FLOP/s that attention over a chunk reaches: 8B and 14B at 4k, 8k and 32k, H200."""
 
 HOP_S = 30e-6
 """Hidden states of one token from one device to the next: a copy of some KiB and its launch."""
@@ -146,11 +160,17 @@ class SpeedModel:
         self._prefill_factor = prefill_factor
         self.is_known = device.bandwidth_bytes_per_s is not None
         on_cpu = device.kind == "cpu"
-        bandwidth = (device.bandwidth_bytes_per_s or 1e12) * measured.bandwidth_efficiency
+        datasheet = device.bandwidth_bytes_per_s or 1e12
+        bandwidth = datasheet * measured.bandwidth_efficiency
+        attention_bandwidth = datasheet * ATTENTION_BANDWIDTH_EFFICIENCY
         overhead_s = 0.0 if on_cpu else measured.layer_overhead_s
         split_s = 0.0 if on_cpu else measured.split_overhead_s
         alone = [
-            decode_factor * max(self._read_bytes(unit) / bandwidth, overhead_s)
+            decode_factor
+            * (
+                max(model.traffic_bytes(unit, unit + 1) / bandwidth, overhead_s)
+                + self._attention_bytes(unit) / attention_bandwidth
+            )
             for unit in range(model.num_units)
         ]
         self.alone_s = sum(alone)
@@ -158,10 +178,16 @@ class SpeedModel:
         self.unit_s = tuple(seconds + split_s for seconds in alone)
         """A decode step of each unit, where it holds a part of it."""
 
-    def _read_bytes(self, unit: int) -> float:
-        # Half of one request's context is used.
-        kv_bytes = self.model.kv_bytes(unit, unit + 1) / (2 * self.model.demand.concurrency)
-        return self.model.traffic_bytes(unit, unit + 1) + kv_bytes
+    def _attention_bytes(self, unit: int) -> float:
+        """Bytes of keys and values that one request's step moves in a unit."""
+        model = self.model
+        kv_bytes = model.kv_bytes(unit, unit + 1) / model.demand.concurrency
+        if not model.profile.expands_kv_heads or not kv_bytes:
+            return kv_bytes / 2  # half of the context is used
+        # A static cache is attended to in its whole length; copies are written and read.
+        layer = model.spec.attention[unit - 1]
+        copies = model.spec.num_attention_heads / layer.num_key_value_heads
+        return kv_bytes if copies == 1 else kv_bytes * (1 + 2 * copies)
 
     def prefill_s_per_token(self, first: int, end: int) -> float | None:
         """Time of a prompt's token in units first … end-1, None where the rate is not known."""
@@ -170,9 +196,24 @@ class SpeedModel:
             return None
         flops = 2 * _active_parameters(model.spec) * (end - first) / model.num_units
         rate = device.flops_per_s * self._measured.flops_efficiency
-        overhead_s = 0.0 if device.kind == "cpu" else self._measured.layer_overhead_s
+        overhead_s = 0.0 if device.kind == "cpu" else self._measured.chunk_overhead_s
         launches_s = (end - first) * overhead_s / model.profile.prefill_chunk_tokens
-        return self._prefill_factor * max(flops / rate, launches_s)
+        attention_s = self._attention_flops(first, end) / (
+            device.flops_per_s * ATTENTION_FLOPS_EFFICIENCY
+        )
+        return self._prefill_factor * (max(flops / rate, launches_s) + attention_s)
+
+    def _attention_flops(self, first: int, end: int) -> float:
+        """Scores and weighted values of one token over the planned context."""
+        spec, context = self.model.spec, self.model.demand.context
+        layers = spec.attention[max(first, 1) - 1 : min(end, self.model.num_units - 1) - 1]
+        return sum(
+            2
+            * spec.num_attention_heads
+            * (layer.key_head_dim + layer.value_head_dim)
+            * min(context, layer.sliding_window or context)
+            for layer in layers
+        )
 
 
 def predict_speed(
