@@ -138,6 +138,17 @@ class MemoryModel:
         """KV cache bytes of units first … end-1."""
         return self._kv[self.num_units if end is None else end] - self._kv[first]
 
+    def staging_bytes(self, first: int, end: int) -> int:
+        """What loading units first … end-1 needs besides the weights."""
+        largest = self.costs.largest_staging_of(first, end)
+        return largest + self._staging_growth(largest, first, end)
+
+    def _staging_growth(self, largest: int, first: int, end: int) -> int:
+        # Each layer leaves holes that the next layer's largest source does not fit in.
+        layers = min(end, self.num_units - 1) - max(first, 1)
+        source = largest - self.profile.fragmentation_bytes
+        return int(self.profile.staging_growth * max(0, layers) * source)
+
     def overhead_bytes(self, largest_linear: int, *, has_head: bool = False) -> int:
         """What one of several devices needs at least, besides its units' weights and cache."""
         fixed = self.profile.context_bytes + self.profile.margin_bytes + self._comm_bytes
@@ -154,7 +165,7 @@ class MemoryModel:
             workspace=self._workspace(
                 self.costs.largest_linear_of(first, end), self._computes_logits(first, end)
             ),
-            staging=self.costs.largest_staging_of(first, end),
+            staging=self.staging_bytes(first, end),
             comm=0 if end - first == self.num_units else self._comm_bytes,
             margin=self.profile.margin_bytes,
         )
@@ -176,7 +187,7 @@ class MemoryModel:
             + self.profile.margin_bytes
             + costs.weights[end]
             - costs.weights[first]
-            + max(costs.largest_staging_of(first, end), running)
+            + max(self.staging_bytes(first, end), running)
         )
 
     def peaks_from(self, first: int) -> Sequence[int]:
@@ -201,7 +212,8 @@ class MemoryModel:
             running = kv[end] - kv[first] + workspace
             if end - first < num_units:
                 running += self._comm_bytes
-            yield fixed + costs.weights[end] + max(staging, running)
+            grown = staging + self._staging_growth(staging, first, end)
+            yield fixed + costs.weights[end] + max(grown, running)
 
 
 def unit_of(tensor: TensorSpec, spec: ModelSpec) -> int:

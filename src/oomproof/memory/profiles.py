@@ -54,6 +54,8 @@ class EngineProfile:
     """Bytes a weight that quantizing to 4 bits needs on the device, besides source and result."""
     scratch_bytes_8bit: float
     """The same for 8 bits."""
+    staging_growth: float
+    """What each layer adds to the staging of the largest source, as a share of it."""
     pinned_bytes: int
     """Page-locked host buffers while loading."""
     host_runtime_bytes: int
@@ -112,11 +114,21 @@ def transformers_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:
         scratch_bytes_4bit=0.0,
         # bitsandbytes quantizes a float16 copy (Int8Params._quantize).
         scratch_bytes_8bit=2.0,
+        # 405B: 1.6 GiB with 2 layers, 3.4 with 31, 4.2 with 43 (rehearsals-4xh200.jsonl).
+        staging_growth=0.035,
         pinned_bytes=128 * MIB,
         host_runtime_bytes=2048 * MIB,
         margin_bytes=256 * MIB,
-        measured="not measured yet",
+        measured=_measured(architecture),
     )
+
+
+def _measured(architecture: str) -> str:
+    source = (
+        "2026-11-21, NVIDIA H200, torch 2.11, transformers 5.17, bitsandbytes 0.50.2 "
+        "(benchmarks/results/rehearsals-h200.jsonl)"
+    )
+    return source if architecture == "hopper" else f"on another architecture: {source}"
 
 
 def _transformers_cpu(host: HostSpec) -> EngineProfile:
@@ -140,10 +152,11 @@ def _transformers_cpu(host: HostSpec) -> EngineProfile:
         # bitsandbytes' plain-torch kernel: float32 copy, scaled copy, int32 (fp4: int64) codes.
         scratch_bytes_4bit=20.0,
         scratch_bytes_8bit=14.0,
+        staging_growth=0.0,
         pinned_bytes=0,
         host_runtime_bytes=1024 * MIB,
         margin_bytes=64 * MIB,
-        measured="not measured yet",
+        measured="2026-11-21, AVX-512 bf16 processor, torch 2.13, transformers 5.23",
     )
 
 

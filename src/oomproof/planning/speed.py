@@ -54,7 +54,7 @@ class Calibration:
 
 _H200 = "NVIDIA H200, torch 2.11, transformers 5.17, bitsandbytes 0.50.2"
 _SOURCE = f"2026-11-21, {_H200} (benchmarks/results/rehearsals-h200.jsonl)"
-_SPLIT = "; over two GPUs 8B nf4-dq 21.8 tokens/s (accelerate's hooks)"
+_SPLIT = "; over two GPUs 8B bf16 43.9 and nf4-dq 32.1 (rehearsals-2xh200.jsonl)"
 _LOADING = "; loading: contract-h200.jsonl"
 
 CALIBRATIONS: dict[tuple[str, str], Calibration] = {
@@ -64,7 +64,7 @@ CALIBRATIONS: dict[tuple[str, str], Calibration] = {
         flops_efficiency=0.38,
         layer_overhead_s=0.58e-3,
         chunk_overhead_s=0.95e-3,
-        split_overhead_s=0.50e-3,
+        split_overhead_s=0.01e-3,
         load_bytes_per_s=3.6e9,
         measured=f"{_SOURCE}: tokens/s and prompts at 8k of 1B 93 and 60 k, 3B 50 and 30 k, "
         f"8B 44 and 20 k, 14B 36 and 11 k{_SPLIT}{_LOADING}",
@@ -74,7 +74,7 @@ CALIBRATIONS: dict[tuple[str, str], Calibration] = {
         flops_efficiency=0.27,
         layer_overhead_s=0.70e-3,
         chunk_overhead_s=1.6e-3,
-        split_overhead_s=0.50e-3,
+        split_overhead_s=0.14e-3,
         load_bytes_per_s=3.2e9,
         measured=f"{_SOURCE}: 1B 81 tokens/s, 3B 51, 8B 36 to 41, 14B 24, prompts at 21 k, 20 k, "
         f"14 k and 9 k; the bandwidth from 405B layers at 4.9 tokens/s{_SPLIT}{_LOADING}",
@@ -84,7 +84,7 @@ CALIBRATIONS: dict[tuple[str, str], Calibration] = {
         flops_efficiency=0.11,
         layer_overhead_s=2.0e-3,
         chunk_overhead_s=3.5e-3,
-        split_overhead_s=0.50e-3,
+        split_overhead_s=0.14e-3,
         load_bytes_per_s=1.0e9,
         measured=f"{_SOURCE}: 1B 31 tokens/s, 3B 15, 8B 14, 14B 10, prompts at 10 k, 10 k, 6 k "
         f"and 4 k; the bandwidth as for 4 bits, not measured{_SPLIT}{_LOADING}",
