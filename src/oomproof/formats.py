@@ -9,6 +9,7 @@ for each 256 of them, a 256-entry codebook and one float32 offset a tensor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -91,6 +92,8 @@ class Format:
     quant_type: str | None = None
     """bitsandbytes' codebook name for 4-bit formats."""
     double_quantized: bool = False
+    quantizes_experts: bool = False
+    """Whether experts that are stacked in one parameter are stored so too."""
     summary: str = ""
 
     @property
@@ -245,6 +248,17 @@ FORMATS: dict[str, Format] = {
 
 QUALITY_ORDER = ("bf16", "fp16", "int8", "llm-int8", "fp8", "nf4", "nf4-dq")
 """Best quality first: the order in which `--format auto` tries them (docs/design.md)."""
+
+
+_CHECKPOINT_FORMAT = re.compile(
+    r"(?:gptq|awq)-[0-9]{1,2}bit(?:-g[0-9]{1,6})?|w[0-9]{1,2}a(?:8|16)(?:-g[0-9]{1,6})?|fp8-block",
+    re.ASCII,
+)
+
+
+def is_known_format(name: str) -> bool:
+    """Whether a plan can be made in a format of that name: ours, or one that checkpoints have."""
+    return name in FORMATS or _CHECKPOINT_FORMAT.fullmatch(name) is not None
 
 
 def get_format(name: str) -> Format:

@@ -105,8 +105,10 @@ def test_dtype_of_a_nested_text_config_is_read() -> None:
 
 
 def test_the_method_of_a_quantized_checkpoint_is_read() -> None:
-    quantized = {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    assert spec_of(quantized).checkpoint_quantization == "gptq"
+    quantized = {**LLAMA, "quantization_config": {"quant_method": "mxfp4"}}
+    found = spec_of(quantized).checkpoint_quantization
+    assert found is not None
+    assert (found.method, found.format) == ("mxfp4", None)
     assert spec_of(LLAMA).checkpoint_quantization is None
 
 

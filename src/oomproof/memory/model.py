@@ -230,8 +230,7 @@ def _units(
     spec: ModelSpec, weight_format: Format, profile: EngineProfile, compute_dtype: DType
 ) -> list[_Unit]:
     @cache
-    def cost(shape: tuple[int, ...], role: Role) -> _Unit:
-        tensor = TensorSpec(name="", shape=shape, role=role)
+    def cost(tensor: TensorSpec) -> _Unit:
         held = stored(tensor, weight_format, compute_dtype, profile.quantized_roles)
         resident = resident_bytes(tensor, held, profile)
         return _Unit(
@@ -243,7 +242,15 @@ def _units(
 
     units: list[list[_Unit]] = [[] for _ in range(spec.num_hidden_layers + 2)]
     for tensor in spec.tensors:
-        units[unit_of(tensor, spec)].append(cost(tensor.shape, tensor.role))
+        # Parameters of one kind and shape cost the same, whatever their names.
+        kind = TensorSpec(
+            name="",
+            shape=tensor.shape,
+            role=tensor.role,
+            kept=tensor.kept,
+            stored_as=tensor.stored_as,
+        )
+        units[unit_of(tensor, spec)].append(cost(kind))
     buffers = profile.buffer_bytes
     units[0].append(_Unit(weights=buffers, traffic=0, staging=0, largest_linear=0))
     if spec.tie_word_embeddings:

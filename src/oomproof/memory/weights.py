@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oomproof.formats import Component, DType, Format
 from oomproof.memory.profiles import EngineProfile
@@ -39,15 +39,25 @@ def stored(
 ) -> StoredTensor:
     """How an engine that quantizes these roles holds a parameter.
 
-    What it does not quantize stays in the compute dtype.
+    What it does not quantize stays in the compute dtype. A checkpoint that is quantized already
+    says itself what stays, and, where its headers were read, what each parameter takes.
     """
-    is_quantized = (
-        weight_format.is_quantized and tensor.role in quantized and len(tensor.shape) == 2
+    is_quantized = False
+    components: tuple[Component, ...] = (
+        Component(name="weight", dtype=compute_dtype, numel=tensor.numel),
     )
-    if is_quantized:
-        components = weight_format.components(*tensor.shape)
-    else:
-        components = (Component(name="weight", dtype=compute_dtype, numel=tensor.numel),)
+    if tensor.stored_as is not None:
+        is_quantized, components = True, tensor.stored_as
+    elif weight_format.is_quantized and not tensor.kept:
+        if tensor.role in quantized and len(tensor.shape) == 2:
+            is_quantized, components = True, weight_format.components(*tensor.shape)
+        elif tensor.role is Role.EXPERTS and weight_format.quantizes_experts:
+            experts, *matrix = tensor.shape
+            is_quantized = True
+            components = tuple(
+                replace(part, numel=experts * part.numel)
+                for part in weight_format.components(*matrix)
+            )
     return StoredTensor(name=tensor.name, quantized=is_quantized, components=components)
 
 

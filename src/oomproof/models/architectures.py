@@ -18,10 +18,10 @@ from oomproof.models.config import (
     DecoderConfig,
     read_decoder,
     read_dtype,
-    read_quantization,
     shown,
 )
 from oomproof.models.families.parts import Family, Parts, dimensions, norm
+from oomproof.models.quantization import as_stored, read_quantization
 from oomproof.models.spec import (
     AttentionSpec,
     CheckpointSpec,
@@ -128,6 +128,7 @@ def build_spec(
         raise ConfigError(
             file, f"describes {parameters:,} parameters, the bound is {MAX_PARAMETERS:,}"
         )
+    quantization = read_quantization(whole)
     return ModelSpec(
         id=id,
         source=source,
@@ -142,10 +143,12 @@ def build_spec(
         tie_word_embeddings=tied,
         dtype=read_dtype(whole if whole.value("dtype") is not None else reader),
         attention=_attention(family, decoder),
-        tensors=(*vision, *_decoder_tensors(family, decoder, tied=tied)),
+        tensors=as_stored(
+            (*vision, *_decoder_tensors(family, decoder, tied=tied)), quantization, checkpoint
+        ),
         config=config,
         checkpoint=checkpoint,
-        checkpoint_quantization=read_quantization(whole),
+        checkpoint_quantization=quantization,
         num_experts=decoder.num_experts if family.experts else 0,
         num_experts_per_token=decoder.num_experts_per_tok if family.experts else 0,
         eager_attention=family.eager_attention or decoder.attn_logit_softcapping is not None,

@@ -44,6 +44,9 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "moe_intermediate_size": (1, 1_048_576),
     "shared_expert_intermediate_size": (1, 1_048_576),
     "decoder_sparse_step": (1, 1024),
+    "bits": (1, 16),
+    "num_bits": (1, 16),
+    "group_size": (-1, 65_536),
     "num_channels": (1, 64),
     "image_size": (1, 16_384),
     "patch_size": (1, 1024),
@@ -60,6 +63,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "num_experts": ("num_local_experts", "n_routed_experts"),
     "num_experts_per_tok": ("num_experts_per_token",),
     "dtype": ("torch_dtype",),
+    "bits": ("w_bit",),
+    "group_size": ("q_group_size",),
 }
 """Other names that files use for a field; two names with different values are refused."""
 
@@ -381,18 +386,3 @@ def read_dtype(reader: ConfigReader) -> DType:
     if dtype is None:
         reader.fail("dtype", f"{shown(name)} is not one of {', '.join(known)}")
     return dtype
-
-
-def read_quantization(reader: ConfigReader) -> str | None:
-    """quant_method of an already quantized checkpoint; None for plain weights.
-
-    Raises:
-        ConfigError: There is a quantization_config that does not say its method.
-    """
-    if reader.value("quantization_config") is None:
-        return None
-    quantization = reader.nested("quantization_config", defaults={})
-    method = quantization.text("quant_method")
-    if method is None:
-        quantization.fail("quant_method", "is missing")
-    return method

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 from oomproof.errors import CheckpointError, ModelNotFoundError
-from oomproof.formats import DType
 from oomproof.models.architectures import build_spec
 from oomproof.models.catalog import find, suggest
 from oomproof.models.config import read_config
-from oomproof.models.spec import CheckpointSpec, ModelSource, ModelSpec
-
-_WEIGHT_DTYPES = frozenset({DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.FLOAT64})
+from oomproof.models.quantization import (
+    PLAIN_DTYPES,
+    CheckpointQuantization,
+    parts_of_modules,
+)
+from oomproof.models.spec import (
+    CheckpointSpec,
+    CheckpointTensor,
+    ModelSource,
+    ModelSpec,
+    Role,
+    TensorSpec,
+)
 
 MAX_NAME = 4096
 """Characters of a name, the longest path that Linux takes."""
@@ -129,10 +140,17 @@ def check_tensors(spec: ModelSpec, checkpoint: CheckpointSpec, *, location: str)
     Raises:
         CheckpointError: A tensor is missing or has another shape.
     """
-    if spec.num_experts or spec.checkpoint_quantization or spec.decoder_prefix != "model":
+    if spec.num_experts or spec.decoder_prefix != "model":
+        return
+    quantization = spec.checkpoint_quantization
+    if quantization is not None and quantization.format is None:
         return
     found = {tensor.name: tensor for tensor in checkpoint.tensors}
+    parts = parts_of_modules(checkpoint)
     for tensor in spec.tensors:
+        if quantization is not None and tensor.role is Role.LINEAR and not tensor.kept:
+            _check_quantized(tensor, quantization, parts, location)
+            continue
         stored = found.get(tensor.name)
         if stored is None:
             raise CheckpointError(
@@ -140,7 +158,7 @@ def check_tensors(spec: ModelSpec, checkpoint: CheckpointSpec, *, location: str)
                 f"config.json describes {tensor.name!r}, which the weights lack",
                 remedy="config and weights do not belong together; download both again",
             )
-        if stored.dtype not in _WEIGHT_DTYPES:
+        if stored.dtype not in PLAIN_DTYPES:
             raise CheckpointError(
                 stored.file, f"{tensor.name!r} holds {stored.dtype}, not 16- or 32-bit floats"
             )
@@ -149,5 +167,37 @@ def check_tensors(spec: ModelSpec, checkpoint: CheckpointSpec, *, location: str)
                 stored.file,
                 f"{tensor.name!r} has shape {list(stored.shape)}, "
                 f"config.json describes {list(tensor.shape)}",
+                remedy="config and weights do not belong together; download both again",
+            )
+
+
+def _check_quantized(
+    tensor: TensorSpec,
+    quantization: CheckpointQuantization,
+    parts: Mapping[str, Mapping[str, CheckpointTensor]],
+    location: str,
+) -> None:
+    """Compares what a quantized checkpoint holds for a linear layer with what its config says."""
+    weight_format = quantization.format
+    assert weight_format is not None
+    module = tensor.name.removesuffix(".weight")
+    held = parts.get(module, {})
+    # bitsandbytes writes its statistics under names of their own; the codes must be there.
+    codes, *others = weight_format.components(*tensor.shape)
+    expected = [codes] if quantization.method == "bitsandbytes" else [codes, *others]
+    for part in expected:
+        found = held.get(part.name)
+        if found is None:
+            raise CheckpointError(
+                location,
+                f"config.json says {quantization.method}, and the weights lack "
+                f"{f'{module}.{part.name}'!r}",
+                remedy="config and weights do not belong together; download both again",
+            )
+        if prod(found.shape) != part.numel:
+            raise CheckpointError(
+                found.file,
+                f"{found.name!r} has {prod(found.shape):,} elements, "
+                f"{weight_format.name} of {list(tensor.shape)} has {part.numel:,}",
                 remedy="config and weights do not belong together; download both again",
             )

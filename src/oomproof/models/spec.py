@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from oomproof.formats import DType
+from oomproof.formats import Component, DType
+
+if TYPE_CHECKING:
+    from oomproof.models.quantization import CheckpointQuantization
 
 
 class Role(StrEnum):
@@ -38,6 +41,10 @@ class TensorSpec:
     shape: tuple[int, ...]
     """As stored: [out_features, in_features] for linear layers."""
     role: Role
+    kept: bool = False
+    """Whether it stays in 16 bits in a checkpoint that is quantized already."""
+    stored_as: tuple[Component, ...] | None = None
+    """What such a checkpoint holds for it, by the headers of its files."""
     layer: int | None = None
     """Index of the decoder layer it belongs to; None before the first and after the last."""
 
@@ -133,8 +140,8 @@ class ModelSpec:
     """Bytes of every file to fetch, where the hub told them."""
     cached_bytes: int = 0
     """The part of download_bytes that the cache already has."""
-    checkpoint_quantization: str | None = None
-    """quant_method of an already quantized checkpoint, None for plain weights."""
+    checkpoint_quantization: CheckpointQuantization | None = None
+    """How an already quantized checkpoint is stored, None for plain weights."""
     num_experts: int = 0
     """Experts of each mixture-of-experts layer, 0 for dense models."""
     num_experts_per_token: int = 0

@@ -29,6 +29,7 @@ def why_not_runnable(
     devices: Sequence[DeviceSpec],
 ) -> str | None:
     """Why the engine cannot run a model in a format on these devices; None where it can."""
+    stored = spec.checkpoint_quantization
     for profile, device in zip(profiles, devices, strict=True):
         if profile.repacks_4bit and weight_format.quant_type is not None:
             narrow = _unpackable(spec, profile)
@@ -37,6 +38,18 @@ def why_not_runnable(
                     f"{weight_format.name} is not run on this CPU: bitsandbytes packs weights of "
                     f"32 × 64, and {narrow.name} is {narrow.shape[0]} × {narrow.shape[1]}"
                 )
+        needed = weight_format.min_compute_capability
+        has = device.compute_capability
+        if needed is not None and has is not None and has < needed:
+            return (
+                f"{weight_format.name} needs compute capability {needed[0]}.{needed[1]}, "
+                f"{device.name} has {has[0]}.{has[1]}"
+            )
+        if stored is not None and stored.method != "bitsandbytes":
+            return (
+                f"{stored.method} checkpoints are planned as they are, and not run by the "
+                f"{profile.engine} engine here; {stored.runs_with} runs them"
+            )
         if weight_format.name not in profile.formats:
             return (
                 f"{weight_format.name} is not run by the {profile.engine} engine on {device.kind}"
@@ -47,13 +60,6 @@ def why_not_runnable(
             return (
                 f"the {profile.engine} engine keeps its KV cache in the compute dtype, "
                 f"{compute_dtype}, not in {kv_format}"
-            )
-        needed = weight_format.min_compute_capability
-        has = device.compute_capability
-        if needed is not None and has is not None and has < needed:
-            return (
-                f"{weight_format.name} needs compute capability {needed[0]}.{needed[1]}, "
-                f"{device.name} has {has[0]}.{has[1]}"
             )
     return None
 

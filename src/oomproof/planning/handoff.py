@@ -40,7 +40,12 @@ def device_map(plan: Plan) -> dict[str, int | str]:
 
 
 def quantization_settings(plan: Plan) -> dict[str, Any] | None:
-    """Arguments of transformers' `BitsAndBytesConfig`, dtypes as names; None for 16 bits."""
+    """Arguments of transformers' `BitsAndBytesConfig`, dtypes as names.
+
+    None for 16 bits, and for a checkpoint that is quantized already: its config has its own.
+    """
+    if plan.quantized_checkpoint is not None:
+        return None
     chosen = get_format(plan.format)
     if chosen.name == "llm-int8":
         return {"load_in_8bit": True, "llm_int8_threshold": 6.0}

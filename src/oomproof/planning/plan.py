@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from oomproof.errors import InputError
-from oomproof.formats import FORMATS, DType
+from oomproof.formats import FORMATS, DType, is_known_format
 from oomproof.hardware.spec import DeviceKind
 from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.profiles import QUANTIZED_ROLES
@@ -163,6 +163,8 @@ class Plan:
     """Name of the module that holds embedding, layers and norm."""
     extra_modules: tuple[str, ...] = ()
     """Modules beside the decoder, held where the embedding is."""
+    quantized_checkpoint: str | None = None
+    """quant_method of a checkpoint that is quantized already; None where loading quantizes."""
     schema: int = SCHEMA
 
     @property
@@ -220,11 +222,12 @@ class Plan:
 def _impossible(plan: Plan) -> str | None:
     """What no plan that was made here can say; None where it is sound."""
     known: tuple[tuple[str, str, Collection[str]], ...] = (
-        ("format", plan.format, FORMATS),
         ("kv_format", plan.kv_format, KV_FORMATS),
         ("compute_dtype", plan.compute_dtype, tuple(DType)),
         ("engine", plan.engine, QUANTIZED_ROLES),
     )
+    if not is_known_format(plan.format):
+        return f"format: {plan.format[:40]!r} is none of {', '.join(FORMATS)}"
     for field, value, allowed in known:
         if value not in allowed:
             return f"{field}: {value[:40]!r} is none of {', '.join(allowed)}"

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from oomproof.errors import InputError
-from oomproof.formats import get_format
+from oomproof.formats import get_format, is_known_format
 from oomproof.memory.kv_cache import KV_FORMATS
 
 DEFAULT_CONTEXT = 8192
@@ -49,7 +49,7 @@ class PlanRequest:
     """Accepts a plan that streams at less than a token a second."""
 
     def __post_init__(self) -> None:
-        if self.format != "auto":
+        if self.format != "auto" and not is_known_format(self.format):
             get_format(self.format)
         if self.kv_format not in ("auto", *KV_FORMATS):
             raise InputError(

@@ -13,7 +13,8 @@ from oomproof.memory.kv_cache import KV_FORMATS, PAGE_TOKENS
 from oomproof.memory.model import Demand, MemoryModel, WeightCosts
 from oomproof.memory.profiles import EngineProfile, engine_profile
 from oomproof.memory.terms import HostTerms
-from oomproof.models.spec import ModelSpec
+from oomproof.memory.weights import stored
+from oomproof.models.spec import ModelSpec, Role
 from oomproof.planning import explain
 from oomproof.planning.candidate import Candidate
 from oomproof.planning.explain import NOT_STREAMED, why_not_runnable
@@ -90,7 +91,7 @@ class Planner:
         self, format_name: str, context: int, concurrency: int, *, streaming: bool = False
     ) -> Candidate:
         """One format at one context and concurrency, to be placed."""
-        weight_format = get_format(format_name)
+        weight_format = self._format(format_name)
         compute_dtype = self._compute_dtype(weight_format)
         profiles = self._profiles_for(weight_format)
         kv_format = self._kv_format(compute_dtype)
@@ -136,7 +137,7 @@ class Planner:
 
     def least_weights_bytes(self, format_name: str) -> int:
         """Fewest bytes that the weights take on any devices."""
-        weight_format = get_format(format_name)
+        weight_format = self._format(format_name)
         profile = self._profiles_for(weight_format)[0]
         return self._costs(weight_format, profile).weights[-1]
 
@@ -207,6 +208,9 @@ class Planner:
 
     def format_names(self) -> list[str]:
         """What to try, best quality first."""
+        own = self.spec.checkpoint_quantization
+        if own is not None and own.format is not None:
+            return [own.format.name]
         if self.request.format != "auto":
             return [self.request.format]
         return [
@@ -214,6 +218,13 @@ class Planner:
             for name in QUALITY_ORDER
             if FORMATS[name].is_quantized or FORMATS[name].weight_dtype is self._auto_compute_dtype
         ]
+
+    def _format(self, name: str) -> Format:
+        """The checkpoint's own format where it is quantized already, else ours of that name."""
+        own = self.spec.checkpoint_quantization
+        if own is not None and own.format is not None and own.format.name == name:
+            return own.format
+        return get_format(name)
 
     def _profiles_for(self, weight_format: Format) -> tuple[EngineProfile, ...]:
         kind = kind_of(weight_format)
@@ -308,6 +319,11 @@ class Planner:
             prefill_chunk_tokens=self._profiles_for(chosen.format)[0].prefill_chunk_tokens,
             decoder_prefix=spec.decoder_prefix,
             extra_modules=spec.extra_modules,
+            quantized_checkpoint=(
+                None
+                if spec.checkpoint_quantization is None
+                else spec.checkpoint_quantization.method
+            ),
         )
 
     def _disk(self) -> DiskPlan:
@@ -422,10 +438,18 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def _refuse_impossible(spec: ModelSpec, hardware: Hardware, request: PlanRequest) -> None:
-    if spec.checkpoint_quantization is not None:
+    own = spec.checkpoint_quantization
+    if own is not None and own.format is None:
         raise InputError(
-            f"{spec.id} is already quantized ({spec.checkpoint_quantization})",
+            f"{spec.id} is already quantized ({own.method}), which is not planned",
             remedy="plan the 16-bit checkpoint it was made from",
+        )
+    name = own.format.name if own is not None and own.format is not None else None
+    if own is not None and request.format not in ("auto", name):
+        raise InputError(
+            f"{spec.id} is already quantized ({own.method}): its format is {name}, "
+            f"not {request.format}",
+            remedy="leave --format out, or plan the 16-bit checkpoint it was made from",
         )
     present = [device.index for device in hardware.devices]
     for index in request.max_memory:
@@ -443,4 +467,11 @@ def _download_bytes(spec: ModelSpec) -> int:
         return spec.download_bytes
     if spec.checkpoint is not None:
         return spec.checkpoint.total_bytes
-    return spec.num_parameters * spec.dtype.itemsize
+    quantization = spec.checkpoint_quantization
+    if quantization is None or quantization.format is None:
+        return spec.num_parameters * spec.dtype.itemsize
+    roles = frozenset({Role.LINEAR})
+    return sum(
+        stored(tensor, quantization.format, spec.dtype, roles).stored_bytes
+        for tensor in spec.tensors
+    )
