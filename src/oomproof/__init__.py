@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from oomproof.engine.model import Model, Stream
     from oomproof.errors import OomproofError
     from oomproof.planning.plan import Plan
-    from oomproof.session import from_pretrained, load, plan, rehearse
+    from oomproof.session import from_pretrained, hand_off, load, plan, rehearse
 
 __all__ = [
     "Model",
@@ -28,6 +28,7 @@ __all__ = [
     "Plan",
     "Stream",
     "from_pretrained",
+    "hand_off",
     "load",
     "plan",
     "rehearse",
@@ -39,6 +40,7 @@ _HOMES = {
     "Plan": "oomproof.planning.plan",
     "Stream": "oomproof.engine.model",
     "from_pretrained": "oomproof.session",
+    "hand_off": "oomproof.session",
     "load": "oomproof.session",
     "plan": "oomproof.session",
     "rehearse": "oomproof.session",

@@ -1,6 +1,7 @@
 """Wires probe, plan, load and engine together; every interface enters here.
 
 plan(model, …)             → Plan
+hand_off(model, target, …) → HandOff: the plan of another engine
 load(plan or model, …)     → Model, which answers prompts
 from_pretrained(model, …)  → an ordinary transformers model, placed by a plan
 rehearse(plan or model, …) → Rehearsal: the plan at full size, with random weights
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from oomproof.compat.rehearse import Rehearsal
     from oomproof.engine.model import Model
     from oomproof.engine.rehearsal import Rung
+    from oomproof.planning.handoffs.handoff import HandOff
 
 RUN_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "jinja2")
 
@@ -84,7 +86,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         InputError: Any of these cannot be understood or served; see oomproof.errors.
     """
     spec = resolve(str(model), revision=revision)
-    limits = {index: _bytes(size, "max-memory") or 0 for index, size in (max_memory or {}).items()}
+    limits = _limits(max_memory)
     request = PlanRequest(
         format=format,
         kv_format=kv_format,
@@ -100,6 +102,57 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         what_would_it_take=what_would_it_take,
     )
     return make_plan(spec, _hardware(gpus), request, read_notes() if gpus is None else None)
+
+
+def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
+    model: str | Path,
+    target: str,
+    *,
+    gpus: str | None = None,
+    format: str = "auto",  # noqa: A002 - the command line's word
+    kv_format: str = "auto",
+    context: int | str | None = None,
+    concurrency: int | str = 1,
+    max_memory: Mapping[int | Literal["cpu"], int | str] | None = None,
+    reserve: int | str = 0,
+    cap: int | str | None = None,
+    revision: str | None = None,
+) -> HandOff:
+    """Plans a model for another engine, in that engine's own format and words.
+
+    Args:
+        model: As for `plan`.
+        target: "vllm", "llama.cpp" or "mlx".
+        gpus: As for `plan`; for MLX also several Macs: "2x M2 Ultra 192GB".
+        format: A format of the target, or "auto": the best quality that fits.
+        kv_format: "fp8" for an 8-bit cache where the target has one.
+        context: As for `plan`.
+        concurrency: As for `plan`; "auto" is one.
+        max_memory: As for `plan`.
+        reserve: As for `plan`.
+        cap: As for `plan`.
+        revision: As for `plan`.
+
+    Raises:
+        InputError: Any of these cannot be understood or served.
+        NotRunnableError: The target cannot run it: FP8 on a GPU without it, say.
+    """
+    from oomproof.planning.handoffs import hand_off as hand_over
+    from oomproof.planning.handoffs import require_target
+
+    require_target(target)
+    spec = resolve(str(model), revision=revision)
+    hardware = probe() if gpus is None else describe(gpus, several_machines=target == "mlx")
+    limits = _limits(max_memory)
+    request = PlanRequest(
+        kv_format=kv_format,
+        context=_tokens(context),
+        concurrency=_count(concurrency),
+        reserve_bytes=_bytes(reserve, "reserve") or 0,
+        max_memory={index: size for index, size in limits.items() if index != "cpu"},
+        cap_bytes=_bytes(cap, "cap"),
+    )
+    return hand_over(target, spec, hardware, request, format_name=format)
 
 
 def load(
@@ -326,6 +379,12 @@ def _tokens(context: int | str | None) -> int | Literal["auto"] | None:
     if context is None or isinstance(context, int):
         return context
     return "auto" if context == "auto" else parse_tokens(context)
+
+
+def _limits(
+    max_memory: Mapping[int | Literal["cpu"], int | str] | None,
+) -> dict[int | Literal["cpu"], int]:
+    return {index: _bytes(size, "max-memory") or 0 for index, size in (max_memory or {}).items()}
 
 
 def _count(concurrency: int | str) -> int | Literal["auto"]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json as json_module
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from oomproof.cli import options
 from oomproof.errors import NotRunnableError
+
+if TYPE_CHECKING:
+    from oomproof.planning.handoffs.handoff import HandOff
 
 Gpus = Annotated[
     str | None,
@@ -18,6 +22,14 @@ Gpus = Annotated[
     ),
 ]
 
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="Plan for another engine and print its commands: vllm, llama.cpp or mlx.",
+        show_default=False,
+    ),
+]
 WhatWouldItTake = Annotated[
     bool,
     typer.Option(
@@ -39,6 +51,7 @@ def plan(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    target: For = None,
     what_would_it_take: WhatWouldItTake = False,
     revision: options.Revision = None,
     json: options.Json = False,
@@ -46,6 +59,24 @@ def plan(
     """Say what each device will hold, and whether it fits. Needs no GPU and no download."""
     from oomproof import session
 
+    if target is not None:
+        _hand_off(
+            session.hand_off(
+                model,
+                target,
+                gpus=gpus,
+                format=format,
+                kv_format=kv_format,
+                context=context,
+                concurrency=concurrency,
+                max_memory=options.parse_max_memory(max_memory),
+                reserve=reserve or 0,
+                cap=cap,
+                revision=revision,
+            ),
+            as_json=json,
+        )
+        return
     made = session.plan(
         model,
         gpus=gpus,
@@ -72,3 +103,14 @@ def plan(
         raise typer.Exit(3)
     if made.refused is not None:
         raise NotRunnableError(made.refused, remedy="use a smaller format, or accept it by --force")
+
+
+def _hand_off(found: HandOff, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json_module.dumps(found.as_dict(), indent=2))
+    else:
+        from oomproof.cli.render_handoff import print_hand_off
+
+        print_hand_off(found)
+    if not found.fits:
+        raise typer.Exit(3)

@@ -26,13 +26,16 @@ _BARE_NUMBER = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)\s*[gG]?")
 _EXAMPLES = 'write "4x RTX 4090", "8xA100-80GB", "2x24GiB,1x12GiB" or "cpu"'
 
 
-def describe(text: str, *, host: HostSpec | None = None) -> Hardware:
+def describe(
+    text: str, *, host: HostSpec | None = None, several_machines: bool = False
+) -> Hardware:
     """The machine that a person means.
 
     Args:
         text: Groups of GPUs, with commas between; or "cpu".
         host: The machine around the GPUs. The words say nothing of its RAM and disk, so where it
             is None this machine's are taken; a GPU with unified memory brings its own RAM.
+        several_machines: Whether more than one Mac may be meant, each a machine of its own.
 
     Raises:
         HardwareError: A part cannot be understood, or describes no machine that can exist.
@@ -55,7 +58,7 @@ def describe(text: str, *, host: HostSpec | None = None) -> Hardware:
         devices += [
             dataclasses.replace(device, index=len(devices) + offset) for offset in range(count)
         ]
-    _require_one_machine(devices, text)
+    _require_one_machine(devices, text, several_machines=several_machines)
     return Hardware(devices=tuple(devices), host=host or _host_around(devices), source="described")
 
 
@@ -95,14 +98,14 @@ def _device_of_size(size: str) -> DeviceSpec:
     )
 
 
-def _require_one_machine(devices: list[DeviceSpec], text: str) -> None:
+def _require_one_machine(devices: list[DeviceSpec], text: str, *, several_machines: bool) -> None:
     kinds = sorted({device.kind for device in devices})
     if len(kinds) > 1:
         raise HardwareError(
             f"{text!r} mixes GPUs of kinds {' and '.join(kinds)}, which no engine runs together",
             remedy="describe GPUs of one vendor",
         )
-    if kinds == ["mps"] and len(devices) > 1:
+    if kinds == ["mps"] and len(devices) > 1 and not several_machines:
         raise HardwareError(
             f"{text!r} asks for {len(devices)} Apple GPUs, a Mac has 1",
             remedy="describe one Mac",
