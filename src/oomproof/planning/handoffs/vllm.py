@@ -216,9 +216,11 @@ def _four_bits(spec: ModelSpec) -> _Choice:
 def _as_it_is(spec: ModelSpec, gpu: DeviceSpec) -> _Choice:
     quantization = spec.checkpoint_quantization
     assert quantization is not None
-    if quantization.format is None or quantization.method == "bitsandbytes":
+    if quantization.format is None:
+        raise NotRunnableError(f"{spec.id} is a {quantization.method} checkpoint: not sized here")
+    if quantization.method == "bitsandbytes":
         raise NotRunnableError(
-            f"{spec.id} is a {quantization.method} checkpoint, which vLLM's core does not read",
+            f"{spec.id} is a bitsandbytes checkpoint, which vLLM's core has not read since 0.28",
             remedy="hand over the 16-bit checkpoint, or one in FP8, AWQ or GPTQ",
         )
     needed = quantization.format.min_compute_capability
