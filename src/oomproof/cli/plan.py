@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json as json_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from oomproof.cli import options
-from oomproof.errors import NotRunnableError
+from oomproof.errors import InputError, NotRunnableError
 
 if TYPE_CHECKING:
     from oomproof.planning.handoffs.handoff import HandOff
+    from oomproof.planning.plan import Plan
 
 Gpus = Annotated[
     str | None,
@@ -29,6 +31,10 @@ For = Annotated[
         help="Plan for another engine and print its commands: vllm, llama.cpp or mlx.",
         show_default=False,
     ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw the plan into this .svg file.", show_default=False),
 ]
 WhatWouldItTake = Annotated[
     bool,
@@ -52,6 +58,7 @@ def plan(
     offload: options.Offload = "none",
     force: options.Force = False,
     target: For = None,
+    plot: Plot = None,
     what_would_it_take: WhatWouldItTake = False,
     revision: options.Revision = None,
     json: options.Json = False,
@@ -59,6 +66,8 @@ def plan(
     """Say what each device will hold, and whether it fits. Needs no GPU and no download."""
     from oomproof import session
 
+    if plot is not None:
+        _check_plot(plot)
     if target is not None:
         _hand_off(
             session.hand_off(
@@ -93,6 +102,8 @@ def plan(
         what_would_it_take=what_would_it_take,
         revision=revision,
     )
+    if plot is not None:
+        _draw(made, plot)
     if json:
         typer.echo(made.to_json())
     else:
@@ -114,3 +125,22 @@ def _hand_off(found: HandOff, *, as_json: bool) -> None:
         print_hand_off(found)
     if not found.fits:
         raise typer.Exit(3)
+
+
+def _check_plot(path: Path) -> None:
+    """Refuses a picture that could not be written, before anything is planned."""
+    if path.suffix.lower() != ".svg":
+        raise InputError(f"plot {str(path)!r} is no .svg file", remedy='write "--plot plan.svg"')
+    if not path.parent.is_dir():
+        raise InputError(f"plot {str(path)!r}: there is no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise InputError(f"plot {str(path)!r} is a folder")
+
+
+def _draw(made: Plan, path: Path) -> None:
+    from oomproof.planning.plot import plot_svg
+
+    try:
+        path.write_text(plot_svg(made), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"plot {str(path)!r} cannot be written ({error.strerror})") from None
