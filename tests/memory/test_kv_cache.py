@@ -127,3 +127,35 @@ def test_a_window_never_takes_more_than_full_attention(layer: AttentionSpec, con
     assert windowed <= whole
     if layer.sliding_window is None or layer.sliding_window >= planned_tokens(context):
         assert windowed == whole
+
+
+def test_latent_attention_keeps_one_latent_for_all_heads() -> None:
+    spec = resolve("deepseek-v3")
+    per_token = sum(
+        layer_kv_bytes(layer, context=256, concurrency=1, dtype=DType.BFLOAT16)
+        for layer in spec.attention
+    )
+    # 61 layers of 512 + 64 values: the 70 KB a token of the DeepSeek-V3 report.
+    assert per_token == 256 * 61 * (512 + 64) * 2
+    layer = spec.attention[0]
+    assert layer.is_latent
+    assert (layer.query_head_dim, layer.output_head_dim) == (192, 128)
+    expanded = 61 * 128 * (192 + 128) * 2
+    assert expanded / (per_token / 256) > 70
+
+
+@pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT8_E4M3FN])
+@pytest.mark.parametrize("context", [1, 256, 1024, 1025, 4096, 8192])
+def test_hybrid_layers_keep_their_window_and_the_others_everything(
+    dtype: DType, context: int
+) -> None:
+    spec = resolve("gemma-3-27b")
+    windows = {layer.sliding_window for layer in spec.attention}
+    assert windows == {1024, None}
+    for layer in spec.attention:
+        tokens = -(-context // 256) * 256
+        if layer.sliding_window is not None:
+            tokens = min(tokens, layer.sliding_window)
+        per_token = layer.num_key_value_heads * (layer.key_head_dim + layer.value_head_dim)
+        found = layer_kv_bytes(layer, context=context, concurrency=2, dtype=dtype)
+        assert found == 2 * tokens * per_token * dtype.itemsize

@@ -36,6 +36,20 @@ _SMALL_VISION = {
 }
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
 
+_LATENT = {
+    "num_key_value_heads": 8,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
 SMALL_CONFIGS: dict[str, dict[str, object]] = {
     "llama": small("LlamaForCausalLM", "llama"),
     "llama, tied, biases": small(
@@ -136,6 +150,13 @@ SMALL_CONFIGS: dict[str, dict[str, object]] = {
         use_sliding_window=True,
     ),
     "olmoe": small("OlmoeForCausalLM", "olmoe", **_EXPERTS),
+    "deepseek-v2": small(
+        "DeepseekV2ForCausalLM", "deepseek_v2", q_lora_rank=None, first_k_dense_replace=1, **_LATENT
+    ),
+    "deepseek-v2 with a latent of queries": small(
+        "DeepseekV2ForCausalLM", "deepseek_v2", q_lora_rank=24, attention_bias=True, **_LATENT
+    ),
+    "deepseek-v3": small("DeepseekV3ForCausalLM", "deepseek_v3", q_lora_rank=24, **_LATENT),
     "gpt-oss": small("GptOssForCausalLM", "gpt_oss", num_local_experts=6, num_experts_per_tok=2),
 }
 

@@ -366,3 +366,16 @@ def test_every_method_of_the_registry_is_tested_here() -> None:
         for fields in (NF4_DQ, FBGEMM, BLOCK, FP8_STATIC, W8A8, W4A16, GPTQ, AWQ)
     }
     assert tested == set(READERS)
+
+
+def test_deepseek_v3_is_planned_in_the_fp8_that_it_is_published_in() -> None:
+    spec = resolve("deepseek-v3")
+    plan = planned(spec, "8xH200")
+    assert plan.format == "fp8-block"
+    assert plan.fits
+    assert not plan.runnable
+    assert any("latent attention" in reason for reason in plan.reasons)
+    experts = sum(t.numel for t in spec.tensors if t.role is Role.EXPERTS)
+    # A byte a weight and a scale for each 128 x 128, embedding and head in 16 bits.
+    assert weights_of(plan) == pytest.approx(spec.num_parameters * 1.0027, rel=0.003)
+    assert experts > 0.95 * spec.num_parameters

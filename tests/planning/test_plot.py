@@ -48,7 +48,8 @@ def test_every_device_and_every_term_is_drawn(
         assert ("cpu" if device.kind == "cpu" else f"GPU {device.index}") in text
     assert "host RAM" in text
     assert len(rects(picture, "weights")) == len(made.devices_in_use)
-    assert (made.format in text) and (made.model in text)
+    assert made.format in text
+    assert made.model in text
     over = [d for d in made.devices if d.peak_bytes > d.usable_bytes]
     assert len(rects(picture, "over")) == len(over)
     assert ("missing" in text) == (not made.fits)

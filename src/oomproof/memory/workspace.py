@@ -49,13 +49,16 @@ def attention_bytes(
     """Queries, keys, values before and after rotation, the mask, and expanded keys and values."""
     widest = 0
     for layer in set(spec.attention):
-        queries = spec.num_attention_heads * layer.key_head_dim
+        queries = spec.num_attention_heads * layer.query_head_dim
         keys_values = layer.num_key_value_heads * (layer.key_head_dim + layer.value_head_dim)
         projected = tokens * (3 * queries + 2 * keys_values) * itemsize
-        output = 2 * tokens * spec.num_attention_heads * layer.value_head_dim * itemsize
+        output = 2 * tokens * spec.num_attention_heads * layer.output_head_dim * itemsize
         expanded = 0
         if expands_kv_heads and layer.num_key_value_heads < spec.num_attention_heads:
-            head_dims = layer.key_head_dim + layer.value_head_dim
+            head_dims = layer.query_head_dim + layer.output_head_dim
+            if layer.is_latent:
+                # What expands the latent is a copy of its own beside the keys made from it.
+                head_dims += layer.query_head_dim
             expanded = context * spec.num_attention_heads * head_dims * itemsize
         widest = max(widest, projected + output + expanded)
     widest += mask_bytes(tokens=tokens, context=context, itemsize=itemsize)

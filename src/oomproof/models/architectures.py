@@ -42,9 +42,10 @@ _Shape = tuple[str, tuple[int, ...], Role]
 def families() -> Mapping[str, Family]:
     """Every family by the name of its architecture in transformers."""
     from oomproof.models.families.dense import DENSE
+    from oomproof.models.families.latent import LATENT
     from oomproof.models.families.mixture import MIXTURE
 
-    return {family.architecture: family for family in (*DENSE, *MIXTURE)}
+    return {family.architecture: family for family in (*DENSE, *MIXTURE, *LATENT)}
 
 
 def find_family(config: Mapping[str, object], *, file: str) -> Family:
@@ -167,7 +168,7 @@ def _is_sparse(family: Family, config: DecoderConfig, layer: int) -> bool:
 def _widest_mlp(family: Family, config: DecoderConfig) -> int:
     sparse = [_is_sparse(family, config, n) for n in range(config.num_hidden_layers)]
     expert = config.moe_intermediate_size or config.intermediate_size
-    shared = config.shared_expert_intermediate_size or 0
+    shared = config.shared_expert_intermediate_size or config.n_shared_experts * expert
     return max(
         0 if all(sparse) else config.intermediate_size,
         config.num_experts_per_tok * expert + shared if any(sparse) else 0,
@@ -180,6 +181,15 @@ def _attention(family: Family, config: DecoderConfig) -> tuple[AttentionSpec, ..
             return config.layer_types[layer] == "sliding_attention"
         return family.slides(config, layer)
 
+    if config.kv_lora_rank is not None:
+        latent = AttentionSpec(
+            num_key_value_heads=1,
+            key_head_dim=config.kv_lora_rank,
+            value_head_dim=config.qk_rope_head_dim,
+            expanded_key_head_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
+            expanded_value_head_dim=config.v_head_dim,
+        )
+        return (latent,) * config.num_hidden_layers
     return tuple(
         AttentionSpec(
             num_key_value_heads=config.num_key_value_heads,

@@ -44,6 +44,13 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "moe_intermediate_size": (1, 1_048_576),
     "shared_expert_intermediate_size": (1, 1_048_576),
     "decoder_sparse_step": (1, 1024),
+    "q_lora_rank": (1, 131_072),
+    "kv_lora_rank": (1, 131_072),
+    "qk_nope_head_dim": (1, 1024),
+    "qk_rope_head_dim": (1, 1024),
+    "v_head_dim": (1, 1024),
+    "n_shared_experts": (0, 64),
+    "first_k_dense_replace": (0, 1024),
     "bits": (1, 16),
     "num_bits": (1, 16),
     "group_size": (-1, 65_536),
@@ -285,6 +292,20 @@ class DecoderConfig:
     layer_types: tuple[str, ...]
     """"full_attention" or "sliding_attention" for each layer; empty where the family decides."""
     attn_logit_softcapping: float | None
+    kv_lora_rank: int | None
+    """Width of the latent that keys and values are kept as; None without latent attention."""
+    q_lora_rank: int | None
+    """Width of the queries' latent; None where they are projected at once."""
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_shared_experts: int
+    """Experts that every token passes through, each of moe_intermediate_size."""
+
+    @property
+    def has_full_queries(self) -> bool:
+        """Whether queries are projected at once, in latent attention."""
+        return self.q_lora_rank is None
 
 
 def read_decoder(reader: ConfigReader) -> DecoderConfig:
@@ -316,14 +337,32 @@ def read_decoder(reader: ConfigReader) -> DecoderConfig:
         moe_intermediate_size=reader.integer("moe_intermediate_size"),
         shared_expert_intermediate_size=reader.integer("shared_expert_intermediate_size"),
         decoder_sparse_step=reader.integer("decoder_sparse_step") or 1,
-        mlp_only_layers=frozenset(reader.integers("mlp_only_layers", low=0, high=1023)),
+        mlp_only_layers=frozenset(
+            (
+                *reader.integers("mlp_only_layers", low=0, high=1023),
+                *range(reader.integer("first_k_dense_replace") or 0),
+            )
+        ),
         sliding_window=reader.integer("sliding_window") or None,
         use_sliding_window=reader.boolean("use_sliding_window"),
         max_window_layers=reader.integer("max_window_layers") or 0,
         sliding_window_pattern=reader.integer("sliding_window_pattern"),
         layer_types=_layer_types(reader, num_hidden_layers),
         attn_logit_softcapping=reader.number("attn_logit_softcapping"),
+        kv_lora_rank=reader.integer("kv_lora_rank"),
+        q_lora_rank=_q_lora_rank(reader),
+        qk_nope_head_dim=reader.integer("qk_nope_head_dim") or 0,
+        qk_rope_head_dim=reader.integer("qk_rope_head_dim") or 0,
+        v_head_dim=reader.integer("v_head_dim") or 0,
+        n_shared_experts=reader.integer("n_shared_experts") or 0,
     )
+
+
+def _q_lora_rank(reader: ConfigReader) -> int | None:
+    """As the file has it: null says that there is none, silence leaves the family's default."""
+    if "q_lora_rank" in reader.values and reader.values["q_lora_rank"] is None:
+        return None
+    return reader.integer("q_lora_rank")
 
 
 def _key_value_heads(reader: ConfigReader, num_attention_heads: int) -> int:

@@ -63,6 +63,25 @@ class AttentionSpec:
     value_head_dim: int
     sliding_window: int | None = None
     """Tokens that the layer looks back at; None for all of them."""
+    expanded_key_head_dim: int | None = None
+    """Latent attention: a head's key once the latent is expanded. There the latent is kept in the
+    place of keys, the rotated part that all heads share in the place of values."""
+    expanded_value_head_dim: int | None = None
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether a latent is kept instead of every head's keys and values."""
+        return self.expanded_key_head_dim is not None
+
+    @property
+    def query_head_dim(self) -> int:
+        """Width of a head's query, and of the keys it meets."""
+        return self.expanded_key_head_dim or self.key_head_dim
+
+    @property
+    def output_head_dim(self) -> int:
+        """Width of a head's output."""
+        return self.expanded_value_head_dim or self.value_head_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

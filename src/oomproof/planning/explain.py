@@ -29,6 +29,8 @@ def why_not_runnable(
     devices: Sequence[DeviceSpec],
 ) -> str | None:
     """Why the engine cannot run a model in a format on these devices; None where it can."""
+    if any(layer.is_latent for layer in spec.attention):
+        return "multi-head latent attention is planned and not run by this version"
     stored = spec.checkpoint_quantization
     for profile, device in zip(profiles, devices, strict=True):
         if profile.repacks_4bit and weight_format.quant_type is not None:

@@ -186,7 +186,9 @@ class SpeedModel:
             return kv_bytes / 2  # half of the context is used
         # A static cache is attended to in its whole length; copies are written and read.
         layer = model.spec.attention[unit - 1]
-        copies = model.spec.num_attention_heads / layer.num_key_value_heads
+        kept = layer.num_key_value_heads * (layer.key_head_dim + layer.value_head_dim)
+        head_dims = layer.query_head_dim + layer.output_head_dim
+        copies = model.spec.num_attention_heads * head_dims / kept
         return kv_bytes if copies == 1 else kv_bytes * (1 + 2 * copies)
 
     def prefill_s_per_token(self, first: int, end: int) -> float | None:
@@ -210,7 +212,7 @@ class SpeedModel:
         return sum(
             2
             * spec.num_attention_heads
-            * (layer.key_head_dim + layer.value_head_dim)
+            * (layer.query_head_dim + layer.output_head_dim)
             * min(context, layer.sliding_window or context)
             for layer in layers
         )

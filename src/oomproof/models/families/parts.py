@@ -32,9 +32,11 @@ class Part:
 Parts = tuple[Part, ...]
 
 
-def linear(name: str, outputs: str, inputs: str, *, bias: Switch = False) -> Parts:
+def linear(
+    name: str, outputs: str, inputs: str, *, bias: Switch = False, when: Switch = True
+) -> Parts:
     """A linear layer, with its bias where it has one."""
-    weight = Part(name=f"{name}.weight", shape=(outputs, inputs), role=Role.LINEAR)
+    weight = Part(name=f"{name}.weight", shape=(outputs, inputs), role=Role.LINEAR, when=when)
     if bias is False:
         return (weight,)
     return (weight, Part(name=f"{name}.bias", shape=(outputs,), role=Role.BIAS, when=bias))
@@ -189,7 +191,15 @@ def dimensions(config: DecoderConfig) -> Mapping[str, int]:
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     expert_mlp = config.moe_intermediate_size or config.intermediate_size
+    latent, rope = config.kv_lora_rank or 0, config.qk_rope_head_dim
     return {
+        "q_lora": config.q_lora_rank or 0,
+        "kv_lora": latent,
+        "latent_and_rope": latent + rope,
+        "latent_queries": config.num_attention_heads * (config.qk_nope_head_dim + rope),
+        "expanded_kv": config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim),
+        "latent_values": config.num_attention_heads * config.v_head_dim,
+        "shared_experts": config.n_shared_experts * expert_mlp,
         "one": 1,
         "hidden": config.hidden_size,
         "heads": config.num_attention_heads,
