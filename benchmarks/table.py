@@ -1,6 +1,6 @@
-"""Print contract results as the table of docs/measured.md.
+"""Print contract or rehearsal results as the tables of docs/measured.md.
 
-python benchmarks/table.py benchmarks/results/contract-*.jsonl
+python benchmarks/table.py benchmarks/results/rehearsals-*.jsonl
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def rows(path: Path) -> list[list[str]]:
     table = []
     for line in path.read_text().splitlines():
         result = json.loads(line)
-        if "failed" in result:
+        if "devices" not in result:
             table.append([result["case"], "failed", *[""] * 8])
             continue
         requests = "" if result["concurrency"] == 1 else f" × {result['concurrency']}"

@@ -44,19 +44,19 @@ class FakeRepo:
     """Answers to ranges that are cut off in their middle."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """One request, answered."""
+    """One request; it is noted before its answer, which a client may have before we go on."""
 
     method: str
     path: str
     asked_range: str | None
     token: str | None
-    sent_bytes: int
+    sent_bytes: int = 0
 
 
 class FakeHub(ThreadingHTTPServer):
-    """The server; `repos` by id, `requests` in the order in which they ended."""
+    """The server; `repos` by id, `requests` in the order in which they began."""
 
     daemon_threads = True
     # http.server would wait for clients that keep their connection.
@@ -159,26 +159,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
-        self.end_headers()
-        sent = 0
+        request = Request(
+            method=self.command,
+            path=urlsplit(self.path).path,
+            asked_range=self.headers.get("Range"),
+            token=self.headers.get("Authorization"),
+        )
+        self.hub.requests.append(request)
         try:
+            self.end_headers()
             if self.command == "GET":
                 length = len(body) // 2 if cut else len(body)
                 for begin in range(0, length, _CHUNK):
                     chunk = body[begin : min(begin + _CHUNK, length)]
+                    request.sent_bytes += len(chunk)
                     self.connection.sendall(chunk)
-                    sent += len(chunk)
         finally:
             self.close_connection = cut or self.close_connection
-            self.hub.requests.append(
-                Request(
-                    method=self.command,
-                    path=urlsplit(self.path).path,
-                    asked_range=self.headers.get("Range"),
-                    token=self.headers.get("Authorization"),
-                    sent_bytes=sent,
-                )
-            )
 
 
 @contextmanager
