@@ -20,7 +20,7 @@ from oomproof.memory.model import RangeMaximum
 from oomproof.planning.placement import Slot, group
 from oomproof.planning.speed import host_link_bytes_per_s
 
-MAX_ORDERS = 24
+MAX_ORDERS = 12
 """Device orders that are tried where the devices differ."""
 _BUFFERS = 2
 
