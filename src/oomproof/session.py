@@ -265,6 +265,11 @@ def rehearse(
         MissingDependencyError, PlanDoesNotFitError, NotRunnableError, InputError: As `load` does.
     """
     contract = _agree(model, options, needs_checkpoint=False)
+    if contract.plan.quantized_checkpoint is not None:
+        raise NotRunnableError(
+            f"{contract.plan.model} is quantized already, and random weights are made in 16 bits",
+            remedy=f"rehearse its 16-bit model with --format {contract.plan.format}",
+        )
     from oomproof.compat.rehearse import rehearse_plan
     from oomproof.loading.devices import prepare_devices
 
@@ -329,9 +334,10 @@ def _agree(
 
 
 def _refuse_unexecutable(agreed: Plan) -> None:
-    reasons = "; ".join(agreed.reasons)
     if not agreed.runnable:
-        raise NotRunnableError(f"no engine here runs {agreed.model} in {agreed.format}: {reasons}")
+        raise NotRunnableError(
+            f"no engine here runs {agreed.model} in {agreed.format}: {agreed.not_runnable}"
+        )
     if not agreed.fits:
         raise PlanDoesNotFitError(
             f"{agreed.model} does not fit: {format_bytes(agreed.shortfall_bytes)} missing",

@@ -12,7 +12,7 @@ import torch
 from oomproof.compat.engine import TransformersEngine
 from oomproof.compat.rehearse import Rehearsal
 from oomproof.engine.rehearsal import Rung
-from oomproof.errors import PlanDoesNotFitError
+from oomproof.errors import NotRunnableError, PlanDoesNotFitError
 from oomproof.hardware.describe import describe
 from oomproof.memory.terms import DeviceTerms
 from oomproof.models.resolve import resolve
@@ -22,6 +22,7 @@ from oomproof.planning.search import make_plan
 from oomproof.session import plan, rehearse
 from oomproof.units import MIB
 from tests.cli.invoke import invoke
+from tests.compat.checkpoints import copy_of_tiny, edit_json
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,16 @@ def test_concurrent_requests_are_filled_together() -> None:
 def test_a_plan_that_does_not_fit_is_not_begun() -> None:
     with pytest.raises(PlanDoesNotFitError):
         rehearse("tiny", cap="1MiB")
+
+
+def test_a_checkpoint_that_is_quantized_already_is_not_rehearsed(tmp_path: Path) -> None:
+    folder = copy_of_tiny(tmp_path / "model")
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    edit_json(folder / "config.json", quantization_config=settings)
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    with pytest.raises(NotRunnableError, match="--format llm-int8"):
+        rehearse(folder)
 
 
 def test_the_processor_leaves_no_note() -> None:

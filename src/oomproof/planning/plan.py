@@ -60,7 +60,8 @@ class HostPlan:
     usable_bytes: int | None
     """RAM that may be taken, by the cgroup's limit; None for a described machine."""
     limit: str = "physical"
-    """Where usable_bytes comes from: "physical", "cgroup v1", "cgroup v2", or "described"."""
+    """Where usable_bytes comes from: "physical", "cgroup v1", "cgroup v2", "described", or
+    "--max-memory"."""
     terms: HostTerms
 
     @property
@@ -123,6 +124,8 @@ class Plan:
     fits: bool
     runnable: bool
     """Whether an engine of this version can run it on such devices; `reasons` says why not."""
+    not_runnable: str | None = None
+    """Why no engine runs it, None where one does."""
     refused: str | None = None
     """Why `load` does not execute it although it fits: too slow without --force."""
     engine: str

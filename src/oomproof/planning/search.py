@@ -261,11 +261,13 @@ class Planner:
         )
         described = self.hardware.source == "described"
         usable = None if described else self.hardware.host.available_ram_bytes
-        if self.request.max_host_bytes is not None:
-            usable = min(usable or self.request.max_host_bytes, self.request.max_host_bytes)
+        limit = "described" if described else self.hardware.host.ram_limit_source
+        most = self.request.max_host_bytes
+        if most is not None and (usable is None or most < usable):
+            usable, limit = most, "--max-memory"
         return HostPlan(
             usable_bytes=usable,
-            limit=self.hardware.host.ram_limit_source if not described else "described",
+            limit=limit,
             terms=terms,
         )
 
@@ -294,6 +296,7 @@ class Planner:
             format=chosen.format.name,
             fits=chosen.fits,
             runnable=chosen.not_runnable is None,
+            not_runnable=chosen.not_runnable,
             refused=self._refused(chosen),
             engine=self.engine,
             compute_dtype=str(self._compute_dtype(chosen.format)),
