@@ -1,13 +1,15 @@
 """Hand-offs against the engines' own code, each in an environment of its own.
 
-vLLM is not among them: its wheels bring several gigabytes of CUDA packages.
+vLLM's wheel is read and not installed: what it needs are several gigabytes of CUDA packages.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,28 @@ def test_mlx_lm_takes_our_commands_and_stores_our_bytes(tmp_path: Path) -> None:
     for word in serve[1:]:
         if word.startswith("--"):
             assert word in help_text
+
+
+def test_vllms_own_parser_has_our_options_and_its_core_our_methods(tmp_path: Path) -> None:
+    platforms = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64")
+    where = [word for name in platforms for word in ("--platform", name)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    only = ["--only-binary", ":all:", "--python-version", "3.12"]
+    subprocess.run([*command, str(tmp_path), *only, *where, "vllm>=0.28"], check=True)
+    [wheel] = tmp_path.glob("vllm-*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        options = files.read("vllm/engine/arg_utils.py").decode()
+        methods = files.read("vllm/model_executor/layers/quantization/__init__.py").decode()
+        cache = files.read("vllm/config/cache.py").decode()
+    for request, gpus in (
+        (PlanRequest(kv_format="fp8", concurrency=4), "4xA100-80GB"),
+        (PlanRequest(context=4096), "RTX 4090"),
+    ):
+        found = hand_off("vllm", resolve("llama-3.1-70b"), describe(gpus), request)
+        for word in shlex.split(" ".join(found.commands)):
+            if word.startswith("--"):
+                assert f'"{word}"' in options, word
+    for method in ("fp8", "awq", "gptq", "compressed-tensors", "fbgemm_fp8"):
+        assert f'"{method}"' in methods
+    assert "bitsandbytes" not in methods
+    assert '"fp8"' in cache

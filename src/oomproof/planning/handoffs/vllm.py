@@ -1,10 +1,10 @@
 """vLLM: 16 bits, FP8, or a repository that is quantized already; equal shares over equal GPUs.
 
 NF4 is none of its formats: bitsandbytes left its core with version 0.28. With `--quantization fp8`
-vLLM quantizes while loading, and its documentation asks for room for the 16-bit model first
-(features/quantization/fp8); where that is not there, a checkpoint in FP8 is what fits. Tensor
-parallelism splits every product, the embedding and the head; heads must divide by the GPUs, and
-key-value heads are repeated where there are fewer of them than GPUs.
+vLLM quantizes while loading, one layer in 16 bits at a time (version 0.33,
+model_executor/layers/quantization/online/fp8.py; older ones held the whole model in 16 bits first).
+Tensor parallelism splits every product, the embedding and the head; heads must divide by the GPUs,
+and key-value heads are repeated where there are fewer of them than GPUs.
 """
 
 from __future__ import annotations
@@ -163,10 +163,11 @@ def _fp8(spec: ModelSpec) -> list[_Choice]:
     online = _Choice(
         format="fp8",
         weights_bytes=uniform,
-        loading_bytes=spec.num_parameters * 2,
+        loading_bytes=uniform + _largest_layer_bytes(spec),
         repository=repository(spec),
         options=("--quantization", "fp8"),
-        note="--quantization fp8 quantizes while loading: the GPUs hold the 16-bit model first",
+        note="--quantization fp8 quantizes layer by layer while loading (vLLM 0.33; much older "
+        "versions need room for the 16-bit model)",
     )
     sibling = find(f"{spec.id.split('/')[-1].casefold()}-fp8")
     if sibling is None:
@@ -175,7 +176,7 @@ def _fp8(spec: ModelSpec) -> list[_Choice]:
             weights_bytes=uniform,
             loading_bytes=uniform,
             repository=_PLACEHOLDER,
-            note=f"the 16-bit model does not fit while loading: put a repository of {spec.id} in "
+            note=f"the model does not fit while it is quantized: put a repository of {spec.id} in "
             f"FP8 in the place of {_PLACEHOLDER}",
         )
     else:
@@ -189,6 +190,15 @@ def _fp8(spec: ModelSpec) -> list[_Choice]:
             note=f"{sibling.repository} is in FP8 already, in its own layout",
         )
     return [online, ready]
+
+
+def _largest_layer_bytes(spec: ModelSpec) -> int:
+    """The largest layer in 16 bits."""
+    layers: dict[int, int] = {}
+    for tensor in spec.tensors:
+        if tensor.layer is not None:
+            layers[tensor.layer] = layers.get(tensor.layer, 0) + 2 * tensor.numel
+    return max(layers.values())
 
 
 def _four_bits(spec: ModelSpec) -> _Choice:
