@@ -33,12 +33,13 @@ def why_not_runnable(
         return "multi-head latent attention is planned and not run by this version"
     stored = spec.checkpoint_quantization
     for profile, device in zip(profiles, devices, strict=True):
-        if profile.repacks_4bit and weight_format.quant_type is not None:
+        if device.kind == "cpu" and weight_format.quant_type is not None:
             narrow = _unpackable(spec, profile)
             if narrow is not None:
                 return (
-                    f"{weight_format.name} is not run on this CPU: bitsandbytes packs weights of "
-                    f"32 × 64, and {narrow.name} is {narrow.shape[0]} × {narrow.shape[1]}"
+                    f"{weight_format.name} is not run on a CPU: bitsandbytes' kernels there want "
+                    f"weights of 32 × 64, and {narrow.name} is "
+                    f"{narrow.shape[0]} × {narrow.shape[1]}"
                 )
         needed = weight_format.min_compute_capability
         has = device.compute_capability
@@ -67,10 +68,15 @@ def why_not_runnable(
 
 
 def _unpackable(spec: ModelSpec, profile: EngineProfile) -> TensorSpec | None:
-    """A weight that bitsandbytes' CPU packing refuses (bitsandbytes 0.50, functional.py)."""
+    """A weight that bitsandbytes' kernels for processors do not serve.
+
+    Its packing (AVX-512 bf16) wants rows of 32 and columns of 64; without packing, a row that is
+    no multiple of a block of 64 is dequantized to wrong values (bitsandbytes 0.50).
+    """
+    rows = 32 if profile.repacks_4bit else 1
     for tensor in spec.tensors:
         if tensor.role in profile.quantized_roles and (
-            tensor.shape[0] % 32 or tensor.shape[1] % 64
+            tensor.shape[0] % rows or tensor.shape[1] % 64
         ):
             return tensor
     return None
