@@ -18,7 +18,7 @@ from oomproof.errors import CheckpointError, LoadError, OomproofError
 from oomproof.loading.random_tensors import RandomTensors
 from oomproof.loading.reader import CheckpointReader, Progress
 from oomproof.models.spec import CheckpointSpec, ModelSpec
-from oomproof.planning.handoff import device_map, quantization_settings
+from oomproof.planning.handoffs.transformers import device_map, quantization_settings
 from oomproof.planning.plan import Plan
 
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)

@@ -216,8 +216,8 @@ class Plan:
         return plan
 
     def to_transformers(self) -> Mapping[str, Any]:
-        """Plain values for `AutoModelForCausalLM.from_pretrained` (planning/handoff.py)."""
-        from oomproof.planning.handoff import to_transformers
+        """Plain values for `from_pretrained` (planning/handoffs/transformers.py)."""
+        from oomproof.planning.handoffs.transformers import to_transformers
 
         return to_transformers(self)
 

@@ -17,7 +17,11 @@ from oomproof.memory.model import Demand, MemoryModel, WeightCosts, unit_of
 from oomproof.memory.profiles import engine_profile
 from oomproof.models.resolve import resolve
 from oomproof.models.spec import ModelSpec, Role
-from oomproof.planning.handoff import device_map, quantization_settings, to_transformers
+from oomproof.planning.handoffs.transformers import (
+    device_map,
+    quantization_settings,
+    to_transformers,
+)
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan

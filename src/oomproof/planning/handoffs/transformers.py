@@ -1,4 +1,4 @@
-"""A plan in other engines' own words."""
+"""A plan as arguments of transformers, for the loader and for people who stay there."""
 
 from __future__ import annotations
 
