@@ -71,13 +71,14 @@ CALIBRATIONS: dict[tuple[str, str], Calibration] = {
     ),
     ("transformers", "4-bit"): Calibration(
         bandwidth_efficiency=0.20,
-        flops_efficiency=0.27,
+        flops_efficiency=0.40,
         layer_overhead_s=0.70e-3,
         chunk_overhead_s=1.6e-3,
         split_overhead_s=0.14e-3,
         load_bytes_per_s=3.2e9,
         measured=f"{_SOURCE}: 1B 81 tokens/s, 3B 51, 8B 36 to 41, 14B 24, prompts at 21 k, 20 k, "
-        f"14 k and 9 k; the bandwidth from 405B layers at 4.9 tokens/s{_SPLIT}{_LOADING}",
+        f"14 k and 9 k, of 70B 2.5 k, of 405B 0.5 k; the bandwidth from 405B layers at 4.9 tokens/s"
+        f"{_SPLIT}{_LOADING}",
     ),
     ("transformers", "llm-int8"): Calibration(
         bandwidth_efficiency=0.20,
@@ -93,7 +94,7 @@ CALIBRATIONS: dict[tuple[str, str], Calibration] = {
 
 ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
 """Share of the bandwidth that copying keys and values to the query heads reaches, as 16 bits do."""
-ATTENTION_FLOPS_EFFICIENCY = 0.43
+ATTENTION_FLOPS_EFFICIENCY = 0.31
 """Share of the FLOP/s that attention over a chunk reaches: 8B and 14B at 4k, 8k and 32k, H200."""
 
 HOP_S = 30e-6
