@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
-from oomproof.quantization.tables import rounding_4bit, table_4bit, table_dynamic
+from oomproof.quantization.tables import table_4bit, table_dynamic, thresholds_4bit
 
 _TINY = 1e-38
 INT8_MAX = 127
@@ -32,8 +32,12 @@ def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, 
         uint8 [ceil(n / 2)] and float32 [ceil(n / 64)], n being the number of weights.
     """
     scaled, absmax = _scaled_blocks(weight, BLOCK_SIZE)
-    midpoints, order = (part.to(weight.device) for part in rounding_4bit(quant_type))
-    codes = order[torch.bucketize(scaled, midpoints)].to(torch.uint8).reshape(-1)
+    thresholds, ascending = (part.to(weight.device) for part in thresholds_4bit(quant_type))
+    if quant_type == "fp4":
+        codes = ascending[torch.bucketize(scaled.abs(), thresholds)] + 8 * (scaled < 0)
+    else:
+        codes = ascending[torch.bucketize(scaled, thresholds)]
+    codes = codes.to(torch.uint8).reshape(-1)
     # What fills up the last byte is the code of 0.
     return _pack(codes[: weight.numel() + weight.numel() % 2]), absmax
 

@@ -31,6 +31,16 @@ _NF4 = (
 )
 # e2m1 in the order of its bit patterns, before it is scaled to [-1, 1].
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+_FP4_ASCENDING = (0, 1, 6, 7, 4, 5, 2, 3)
+_FP4_THRESHOLDS = (
+    0.00260417,
+    0.0859375,
+    0.20833333,
+    0.29166667,
+    0.4166667,
+    0.583333,
+    0.8333333,
+)
 _DYNAMIC_EXPONENTS = 7
 
 
@@ -44,12 +54,21 @@ def table_4bit(quant_type: str) -> torch.Tensor:
 
 
 @cache
-def rounding_4bit(quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(midpoints between neighbouring values, code of each value in ascending order)."""
-    values = table_4bit(quant_type)
-    order = torch.argsort(values)
-    ascending = values[order]
-    return (ascending[:-1] + ascending[1:]) / 2, order
+def thresholds_4bit(quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(thresholds, codes): a value above the n-th threshold and not the next has the n-th code.
+
+    For "nf4" values are compared as they are; the thresholds are float32 [15], the midpoints of
+    neighbours rounded once. For "fp4" magnitudes are compared, [7], and 8 is added to the code of
+    a negative value; the thresholds are those of bitsandbytes' CUDA kernel (csrc/kernels.cu,
+    dQuantizeFP4), which are written with six to eight digits: values between two entries follow.
+    """
+    if quant_type == "fp4":
+        return (
+            torch.tensor(_FP4_THRESHOLDS, dtype=torch.float32),
+            torch.tensor(_FP4_ASCENDING, dtype=torch.int64),
+        )
+    values = torch.tensor(_NF4, dtype=torch.float32).double()
+    return ((values[:-1] + values[1:]) / 2).float(), torch.arange(16)
 
 
 @cache
