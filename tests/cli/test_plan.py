@@ -98,6 +98,9 @@ def test_a_name_with_brackets_is_printed_as_it_is(tmp_path: Path) -> None:
         (("plan", "tiny", "--cap", "many"), "cap 'many'"),
         (("plan", "tiny", "--reserve", "1XB"), "reserve '1XB'"),
         (("plan", "tiny", "--engine", ""), "engine ''"),
+        (("plan", "tiny", "--for", "vllm", "--offload", "auto"), "--offload does not go"),
+        (("plan", "tiny", "--for", "mlx", "--force"), "--force does not go"),
+        (("plan", "tiny", "--for", "vllm", "--plot", "a.svg"), "--plot does not go"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
 )

@@ -69,6 +69,15 @@ def plan(
     if plot is not None:
         _check_plot(plot)
     if target is not None:
+        _refuse_beside_for(
+            {
+                "--engine": engine != "auto",
+                "--offload": offload != "none",
+                "--force": force,
+                "--plot": plot is not None,
+                "--what-would-it-take": what_would_it_take,
+            }
+        )
         _hand_off(
             session.hand_off(
                 model,
@@ -114,6 +123,16 @@ def plan(
         raise typer.Exit(3)
     if made.refused is not None:
         raise NotRunnableError(made.refused, remedy="use a smaller format, or accept it by --force")
+
+
+def _refuse_beside_for(given: dict[str, bool]) -> None:
+    """These speak of our own engine; ignoring one would promise what no command does."""
+    for option, is_given in given.items():
+        if is_given:
+            raise InputError(
+                f"{option} does not go with --for, which plans another engine",
+                remedy=f"leave out {option} or --for",
+            )
 
 
 def _hand_off(found: HandOff, *, as_json: bool) -> None:
