@@ -166,6 +166,13 @@ FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
         Format(
+            name="fp32",
+            bits_per_weight=32,
+            weight_dtype=DType.FLOAT32,
+            components=_plain(DType.FLOAT32),
+            summary="32 bits, for reference: computed in float32 too",
+        ),
+        Format(
             name="bf16",
             bits_per_weight=16,
             weight_dtype=DType.BFLOAT16,

@@ -35,9 +35,10 @@ from oomproof.planning.search import make_plan
 from oomproof.units import format_bytes, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
-    from oomproof.compat.rehearse import Rehearsal
     from oomproof.engine.model import Model
+    from oomproof.engine.protocol import Engine
     from oomproof.engine.rehearsal import Rung
+    from oomproof.engine.rehearse import Rehearsable, Rehearsal
     from oomproof.planning.handoffs.handoff import HandOff
 
 RUN_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "jinja2")
@@ -58,6 +59,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
     reserve: int | str = 0,
     cap: int | str | None = None,
     engine: str = "auto",
+    compute_dtype: str = "auto",
     offload: str = "none",
     force: bool = False,
     what_would_it_take: bool = False,
@@ -76,7 +78,9 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         max_memory: Device index → most bytes the plan may use there ("20GiB"); "cpu" → host RAM.
         reserve: Free memory of each device to leave alone.
         cap: Most bytes of each device, enforced while running too.
-        engine: "transformers", or "auto".
+        engine: "native", "transformers", or "auto": ours where it knows the architecture.
+        compute_dtype: What quantized weights are computed in: "bfloat16", "float16", "float32", or
+            "auto": what the devices are made for.
         offload: "cpu" keeps layers that fit on no device in host memory, streamed in every step.
         force: Accepts a plan that streams at less than a token a second.
         what_would_it_take: Also looks for the smallest listed hardware on which it would fit.
@@ -97,6 +101,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         max_host_bytes=limits.get("cpu"),
         cap_bytes=_bytes(cap, "cap"),
         engine=engine,
+        compute_dtype=compute_dtype,
         offload=cast(Offload, offload),
         force=force,
         what_would_it_take=what_would_it_take,
@@ -179,18 +184,38 @@ def load(
     """
     contract = _agree(model, options)
     folder = _fetch(contract.spec, progress, trust_remote_code=trust_remote_code)
-    from oomproof.compat.engine import TransformersEngine
-    from oomproof.compat.measure import MemoryMeter
-    from oomproof.compat.model import import_libraries, load_model
     from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
     from oomproof.engine.model import Model
-    from oomproof.loading.devices import prepare_devices
 
     defaults = read_generation_defaults(folder)
     tokenizer = TransformersTokenizer(
         folder, defaults=defaults, trust_remote_code=trust_remote_code
     )
+    engine = _load_engine(contract, folder, progress, trust_remote_code=trust_remote_code)
+    return Model(engine, tokenizer, contract.plan, defaults)
+
+
+def _load_engine(
+    contract: _Contract, folder: Path, progress: Progress | None, *, trust_remote_code: bool
+) -> Engine:
+    """The engine that the plan names, with the model's weights."""
+    from oomproof.loading.devices import prepare_devices
+
     prepare_devices(contract.plan, contract.hardware)
+    if contract.plan.engine == "native":
+        from oomproof.engine.native.load import load_engine
+
+        return load_engine(
+            contract.plan,
+            contract.spec,
+            contract.hardware,
+            folder,
+            progress=_of_stage(progress, "load"),
+        )
+    from oomproof.compat.engine import TransformersEngine
+    from oomproof.compat.measure import MemoryMeter
+    from oomproof.compat.model import import_libraries, load_model
+
     import_libraries(contract.plan, contract.spec)
     meter = MemoryMeter(contract.plan, contract.hardware)
     loaded = load_model(
@@ -200,8 +225,7 @@ def load(
         progress=_of_stage(progress, "load"),
         trust_remote_code=trust_remote_code,
     )
-    engine = TransformersEngine(loaded, contract.plan, contract.spec, meter)
-    return Model(engine, tokenizer, contract.plan, defaults)
+    return TransformersEngine(loaded, contract.plan, contract.spec, meter)
 
 
 def from_pretrained(
@@ -225,7 +249,10 @@ def from_pretrained(
     Raises:
         OomproofError: As `load` does.
     """
+    if not isinstance(model, Plan):
+        options.setdefault("engine", "transformers")
     contract = _agree(model, options)
+    _require_transformers(contract.plan)
     folder = _fetch(contract.spec, progress, trust_remote_code=trust_remote_code)
     from oomproof.compat.model import load_model
     from oomproof.loading.devices import prepare_devices
@@ -270,7 +297,7 @@ def rehearse(
             f"{contract.plan.model} is quantized already, and random weights are made in 16 bits",
             remedy=f"rehearse its 16-bit model with --format {contract.plan.format}",
         )
-    from oomproof.compat.rehearse import rehearse_plan
+    from oomproof.engine.rehearse import rehearse_plan
     from oomproof.loading.devices import prepare_devices
 
     prepare_devices(contract.plan, contract.hardware)
@@ -279,12 +306,43 @@ def rehearse(
         contract.plan,
         contract.spec,
         contract.hardware,
-        progress=_of_stage(progress, "load"),
+        _rehearsable(contract, progress),
         on_rung=on_rung,
     )
     if keep_note and (found := rehearsal.notes(notes)):
         write_notes(found)
     return rehearsal
+
+
+def _rehearsable(contract: _Contract, progress: Progress | None) -> Rehearsable:
+    """The engine that the plan names, to be started with random weights."""
+    from oomproof.engine.rehearse import Rehearsable
+
+    plan, spec, hardware = contract.plan, contract.spec, contract.hardware
+    told = _of_stage(progress, "load")
+    if plan.engine == "native":
+        import torch
+
+        from oomproof.engine.native.load import load_random_engine
+        from oomproof.engine.native.meter import NativeMeter
+
+        native_meter = NativeMeter(hardware)
+        return Rehearsable(
+            start=lambda: load_random_engine(plan, spec, native_meter, progress=told),
+            measured=native_meter.terms,
+            versions=f"torch {torch.__version__}",
+        )
+    from oomproof.compat.rehearse import rehearsable
+
+    return rehearsable(plan, spec, hardware, told)
+
+
+def _require_transformers(agreed: Plan) -> None:
+    if agreed.engine != "transformers":
+        raise InputError(
+            f"{agreed.model} is planned for the {agreed.engine} engine, not for transformers",
+            remedy='plan it with engine="transformers"',
+        )
 
 
 def require_run_packages() -> None:

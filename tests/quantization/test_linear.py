@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from oomproof.errors import InputError
 from oomproof.formats import FORMATS
 from oomproof.quantization.linear import HANDLERS, QuantizedLinear, handler
-from oomproof.quantization.operators import _unpack
+from oomproof.quantization.reference import unpack
 from oomproof.quantization.tables import table_4bit, table_dynamic
 
 law = settings(deadline=None, derandomize=True, max_examples=40)
@@ -74,7 +74,7 @@ def test_codes_and_scales_are_bit_identical_to_bitsandbytes(
         elif name == "weight" and format_name.startswith("fp4"):
             # On a processor it gives either of fp4's two zeros; we follow its CUDA kernel.
             zeros = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, *range(9, 16)], dtype=torch.uint8)
-            codes, expected_codes = (zeros[_unpack(p).long()] for p in (part, other))
+            codes, expected_codes = (zeros[unpack(p).long()] for p in (part, other))
             assert float((codes != expected_codes).float().mean()) < 1e-3
         else:
             assert torch.equal(part, other), name

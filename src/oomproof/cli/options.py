@@ -57,7 +57,7 @@ Cap = Annotated[
     str | None,
     typer.Option("--cap", help="Most memory of each device, enforced while running: 24GiB."),
 ]
-Engine = Annotated[str, typer.Option("--engine", help="auto or transformers.")]
+Engine = Annotated[str, typer.Option("--engine", help="auto, native or transformers.")]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
 ]

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oomproof.errors import RequestError
+from oomproof.memory.sampler import MAX_ALTERNATIVES
 
 MAX_NEW_TOKENS = 1_000_000
+MAX_TEMPERATURE = 100
+REPETITION_PENALTIES = (0.01, 100)
+"""Bounds within which no finite logit overflows."""
 
 
 def check_max_new_tokens(count: int) -> None:
@@ -25,7 +29,11 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
-    """How the next token is chosen."""
+    """How the next token is chosen.
+
+    They act in this order: repetition penalty, presence and frequency penalties, temperature,
+    top-k, top-p on what top-k leaves, min-p. A token that ties with the last one kept is kept.
+    """
 
     temperature: float = 1.0
     """0 takes the most likely token; higher is more varied. At most 100."""
@@ -33,18 +41,59 @@ class SamplingOptions:
     """Keep this many of the most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the most likely tokens that together hold this probability; in (0, 1]."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the most likely one; in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in prompt or answer and multiplies the negative ones
+    (CTRL, Keskar et al. 2019, arXiv:1909.05858); 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that are in the answer; in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit as often as it is in the answer; in [-2, 2]."""
     seed: int | None = None
     """Makes this request's answer repeatable; None draws a fresh one."""
+    logprobs: int | None = None
+    """Log-probabilities of each token drawn and of this many of the most likely ones beside it;
+    None for none at all. They are the model's own: the log-softmax of its logits, before
+    penalties, temperature and filters."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise RequestError(f"temperature {self.temperature} must be from 0 to 100")
         if self.top_k < 0:
             raise RequestError(f"top-k {self.top_k} must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top-p {self.top_p} must be more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise RequestError(f"min-p {self.min_p} must be from 0 (off) to 1")
+        low, high = REPETITION_PENALTIES
+        if not low <= self.repetition_penalty <= high:
+            raise RequestError(
+                f"repetition-penalty {self.repetition_penalty} must be from {low} to {high}",
+                remedy="1 is off",
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                option = name.replace("_", "-")
+                raise RequestError(f"{option} {getattr(self, name)} must be from -2 to 2")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise RequestError(f"seed {self.seed} must be from 0 to 2^63 - 1")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_ALTERNATIVES:
+            raise RequestError(f"logprobs {self.logprobs} must be from 0 to {MAX_ALTERNATIVES}")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether earlier tokens change the scores."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """Whether the next token is the largest logit's and nothing else is asked for."""
+        return self.temperature == 0 and not self.has_penalties and self.logprobs is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +120,11 @@ class TokenEvent:
 
     request_id: str
     token: int
+    logprob: float | None = None
+    """Of the token in the model's own distribution; None where it was not asked for."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability) of the most likely tokens, best first, as many as asked for; fewer
+    where the rest is impossible."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

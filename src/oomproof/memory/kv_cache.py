@@ -13,6 +13,7 @@ KV_FORMATS = {
     "bf16": DType.BFLOAT16,
     "fp16": DType.FLOAT16,
     "fp8": DType.FLOAT8_E4M3FN,
+    "fp32": DType.FLOAT32,
 }
 
 

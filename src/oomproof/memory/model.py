@@ -17,12 +17,16 @@ from functools import cache
 from itertools import accumulate
 
 from oomproof.formats import DType, Format
+from oomproof.memory import native
 from oomproof.memory.kv_cache import layer_kv_bytes
 from oomproof.memory.profiles import EngineProfile
 from oomproof.memory.terms import DeviceTerms
 from oomproof.memory.weights import StoredTensor, resident_bytes, stored
 from oomproof.memory.workspace import WorkspaceShape, chunk_tokens, workspace_bytes
-from oomproof.models.spec import ModelSpec, Role, TensorSpec
+from oomproof.models.spec import AttentionSpec, ModelSpec, Role, TensorSpec
+
+_REFERENCE_BYTES_PER_WEIGHT = 24
+"""What dequantizing a weight takes on a processor: codes as int64, float32 values and scales."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,23 +95,43 @@ class MemoryModel:
         self.profile = costs.profile
         self.demand = demand
         self.num_units = spec.num_hidden_layers + 2
-        kv_bytes = cache(
-            lambda attention: layer_kv_bytes(
-                attention,
-                context=demand.context,
-                concurrency=demand.concurrency,
-                dtype=demand.kv_dtype,
-                overhead_bytes=self.profile.kv_layer_overhead_bytes,
-            )
-        )
+        kv_bytes = cache(self._layer_kv_bytes)
         unit_kv = [0, *(kv_bytes(attention) for attention in spec.attention), 0]
         self._kv = [0, *accumulate(unit_kv)]
         self._workspace = cache(self._workspace_bytes)
         self._peaks: dict[int, list[int]] = {}
         hidden_bytes = spec.hidden_size * costs.compute_dtype.itemsize
-        self._comm_bytes = 2 * chunk_tokens(demand.context, self.profile) * hidden_bytes
+        self._comm_bytes = 0
+        if not self.profile.is_static:
+            self._comm_bytes = 2 * chunk_tokens(demand.context, self.profile) * hidden_bytes
+        # Each step is recorded twice: for tokens that are drawn, and for the most likely ones.
+        graphs = 2 * len(native.graph_sizes(demand.concurrency))
+        self._graph_bytes = graphs * self.profile.graph_bytes_per_layer
+
+    def _layer_kv_bytes(self, attention: AttentionSpec) -> int:
+        demand = self.demand
+        if self.profile.is_static:
+            return native.layer_kv_bytes(
+                attention,
+                context=demand.context,
+                concurrency=demand.concurrency,
+                dtype=demand.kv_dtype,
+            )
+        return layer_kv_bytes(
+            attention,
+            context=demand.context,
+            concurrency=demand.concurrency,
+            dtype=demand.kv_dtype,
+            overhead_bytes=self.profile.kv_layer_overhead_bytes,
+        )
+
+    def graphs_bytes(self, first: int, end: int) -> int:
+        """What recorded decode steps of units first … end-1 take from the driver."""
+        return self._graph_bytes * (end - first)
 
     def _workspace_bytes(self, largest_linear: int, has_head: bool) -> int:
+        if self.profile.is_static:
+            return self._static_workspace_bytes(largest_linear, has_head)
         shape = WorkspaceShape(
             context=self.demand.context,
             compute_dtype=self.costs.compute_dtype,
@@ -116,6 +140,21 @@ class MemoryModel:
             has_head=has_head,
         )
         return workspace_bytes(self.spec, shape, self.profile)
+
+    def _static_workspace_bytes(self, largest_linear: int, has_head: bool) -> int:
+        shape = native.StepShape(
+            context=self.demand.context,
+            concurrency=self.demand.concurrency,
+            compute_dtype=self.costs.compute_dtype,
+            quantized=self.costs.weight_format.is_quantized,
+            has_head=has_head,
+        )
+        profile = self.profile
+        around = profile.library_workspace_bytes + profile.fragmentation_bytes
+        if profile.dequantizes_to_scratch:
+            # The references that serve a processor make copies of a weight as they go.
+            around += largest_linear * _REFERENCE_BYTES_PER_WEIGHT
+        return native.step_layout(self.spec, shape).size_bytes + around
 
     def _computes_logits(self, first: int, end: int) -> bool:
         if self.spec.tie_word_embeddings:
@@ -141,6 +180,8 @@ class MemoryModel:
     def staging_bytes(self, first: int, end: int) -> int:
         """What loading units first … end-1 needs besides the weights."""
         largest = self.costs.largest_staging_of(first, end)
+        if self.profile.is_static:
+            return largest
         return largest + self._staging_growth(largest, first, end)
 
     def _staging_growth(self, largest: int, first: int, end: int) -> int:
@@ -166,6 +207,7 @@ class MemoryModel:
                 self.costs.largest_linear_of(first, end), self._computes_logits(first, end)
             ),
             staging=self.staging_bytes(first, end),
+            graphs=self.graphs_bytes(first, end),
             comm=0 if end - first == self.num_units else self._comm_bytes,
             margin=self.profile.margin_bytes,
         )
@@ -182,6 +224,7 @@ class MemoryModel:
         )
         if end - first < self.num_units:
             running += self._comm_bytes
+        running += self.graphs_bytes(first, end)
         return (
             self.profile.context_bytes
             + self.profile.margin_bytes
@@ -209,10 +252,12 @@ class MemoryModel:
                 linear = max(linear, costs.largest_linear[end - 1])
                 has_head = computes_logits
                 workspace = self._workspace(linear, has_head)
-            running = kv[end] - kv[first] + workspace
+            running = kv[end] - kv[first] + workspace + self.graphs_bytes(first, end)
             if end - first < num_units:
                 running += self._comm_bytes
-            grown = staging + self._staging_growth(staging, first, end)
+            grown = staging
+            if not self.profile.is_static:
+                grown += self._staging_growth(staging, first, end)
             yield fixed + costs.weights[end] + max(grown, running)
 
 
@@ -282,6 +327,10 @@ def _staging_bytes(
     spec: ModelSpec, tensor: TensorSpec, held: StoredTensor, profile: EngineProfile
 ) -> int:
     """Bytes that loading a parameter needs on its device besides the parameter itself."""
+    if profile.is_static:
+        # Slices wait in buffers of a fixed size; double quantization keeps every absmax besides.
+        absmax = tensor.numel // 64 * DType.FLOAT32.itemsize if held.quantized else 0
+        return profile.fragmentation_bytes + profile.loading_bytes + absmax
     return profile.fragmentation_bytes + _source_bytes(spec, tensor, held, profile)
 
 

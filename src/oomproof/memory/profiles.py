@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from oomproof.errors import InputError
 from oomproof.hardware.catalog import architecture_of
 from oomproof.hardware.spec import DeviceSpec, HostSpec
+from oomproof.memory.arena import ALIGNMENT_BYTES
+from oomproof.memory.native import CHUNK_TOKENS, DEVICE_STAGING_BYTES, PINNED_BYTES
 from oomproof.models.spec import Role
 from oomproof.units import KIB, MIB
 
@@ -20,7 +22,7 @@ class EngineProfile:
     """An engine on one kind of device."""
 
     engine: str
-    """"transformers" (later also "native")."""
+    """"native" or "transformers"."""
     device_kind: str
     """DeviceSpec.kind, or its GPU architecture where figures differ: "hopper", "cuda", "cpu"."""
     formats: frozenset[str]
@@ -63,11 +65,18 @@ class EngineProfile:
     margin_bytes: int
     measured: str
     """When, on which device, with which versions."""
+    is_static: bool = False
+    """Whether KV pool and workspace are what memory/native.py lists, allocated once."""
+    graph_bytes_per_layer: int = 0
+    """What a decode step recorded as a CUDA graph takes from the driver, for each layer."""
+    loading_bytes: int = 0
+    """What loading takes on the device, whatever the model."""
 
 
 QUANTIZED_ROLES: dict[str, frozenset[Role]] = {
     # bitsandbytes replaces linear layers, not the head, nor experts kept as 3-D parameters.
     "transformers": frozenset({Role.LINEAR}),
+    "native": frozenset({Role.LINEAR}),
 }
 """Engine → what a quantized format really quantizes; the rest stays in the compute dtype."""
 
@@ -160,7 +169,61 @@ def _transformers_cpu(host: HostSpec) -> EngineProfile:
     )
 
 
-_ENGINES = {"transformers": transformers_profile}
+NATIVE_FORMATS = frozenset(
+    {"fp32", "bf16", "fp16", "int8", "fp8", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq"}
+)
+_NATIVE_KV_FORMATS = frozenset({"bf16", "fp16", "fp8", "fp32"})
+
+
+def native_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:  # noqa: ARG001
+    """Our own engine on that device: what it allocates is known, what is around it was measured."""
+    on_gpu = device.kind != "cpu"
+    architecture = architecture_of(device.compute_capability)
+    context_bytes = _NATIVE_CONTEXT_BYTES.get(architecture, max(_NATIVE_CONTEXT_BYTES.values()))
+    return EngineProfile(
+        engine="native",
+        device_kind=device.kind,
+        formats=NATIVE_FORMATS,
+        kv_formats=_NATIVE_KV_FORMATS,
+        kv_in_compute_dtype=False,
+        quantized_roles=QUANTIZED_ROLES["native"],
+        alignment_bytes=ALIGNMENT_BYTES,
+        context_bytes=context_bytes if on_gpu else 0,
+        library_workspace_bytes=(
+            (
+                _HOPPER_CUBLAS_WORKSPACE_BYTES
+                if architecture == "hopper"
+                else _CUBLAS_WORKSPACE_BYTES
+            )
+            if on_gpu
+            else 64 * MIB
+        ),
+        # Three allocations in segments of 20 MiB, and one of 2 for what is small.
+        fragmentation_bytes=24 * MIB if on_gpu else 32 * MIB,
+        buffer_bytes=0,
+        kv_layer_overhead_bytes=0,
+        prefill_chunk_tokens=CHUNK_TOKENS,
+        expands_kv_heads=False,
+        dequantizes_to_scratch=not on_gpu,
+        repacks_4bit=False,
+        scratch_bytes_4bit=0.0 if on_gpu else 24.0,
+        scratch_bytes_8bit=0.0 if on_gpu else 12.0,
+        staging_growth=0.0,
+        pinned_bytes=PINNED_BYTES + 32 * MIB if on_gpu else 0,
+        host_runtime_bytes=2048 * MIB if on_gpu else 1024 * MIB,
+        margin_bytes=128 * MIB if on_gpu else 64 * MIB,
+        measured="2026-11-21, NVIDIA H200, torch 2.11 (benchmarks/results/native-h200.jsonl)",
+        is_static=True,
+        graph_bytes_per_layer=_GRAPH_BYTES_PER_LAYER if on_gpu else 0,
+        loading_bytes=DEVICE_STAGING_BYTES if on_gpu else 64 * MIB,
+    )
+
+
+_NATIVE_CONTEXT_BYTES = {"hopper": 640 * MIB}
+"""GPU architecture → bytes outside torch's allocator, where measured."""
+_GRAPH_BYTES_PER_LAYER = 64 * KIB
+
+_ENGINES = {"native": native_profile, "transformers": transformers_profile}
 
 
 def engine_profile(engine: str, device: DeviceSpec, host: HostSpec) -> EngineProfile:

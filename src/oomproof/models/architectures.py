@@ -21,6 +21,7 @@ from oomproof.models.config import (
     shown,
 )
 from oomproof.models.families.parts import Family, Parts, dimensions, norm
+from oomproof.models.forward import read_forward
 from oomproof.models.quantization import as_stored, read_quantization
 from oomproof.models.spec import (
     AttentionSpec,
@@ -130,6 +131,7 @@ def build_spec(
             file, f"describes {parameters:,} parameters, the bound is {MAX_PARAMETERS:,}"
         )
     quantization = read_quantization(whole)
+    computed = read_forward(reader, family.forward, head_dim=decoder.head_dim)
     return ModelSpec(
         id=id,
         source=source,
@@ -153,6 +155,8 @@ def build_spec(
         num_experts=decoder.num_experts if family.experts else 0,
         num_experts_per_token=decoder.num_experts_per_tok if family.experts else 0,
         eager_attention=family.eager_attention or decoder.attn_logit_softcapping is not None,
+        forward=None if isinstance(computed, str) else computed,
+        not_native=computed if isinstance(computed, str) else None,
     )
 
 

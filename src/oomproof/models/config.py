@@ -36,6 +36,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "head_dim": (1, 1024),
     "vocab_size": (1, 2_000_000),
     "max_position_embeddings": (1, 100_000_000),
+    "original_max_position_embeddings": (1, 100_000_000),
     "sliding_window": (0, 100_000_000),
     "sliding_window_pattern": (1, 1024),
     "max_window_layers": (0, 1024),

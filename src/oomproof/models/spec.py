@@ -11,6 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from oomproof.formats import Component, DType
+from oomproof.models.forward import ForwardSpec
 
 if TYPE_CHECKING:
     from oomproof.models.quantization import CheckpointQuantization
@@ -167,6 +168,11 @@ class ModelSpec:
     eager_attention: bool = False
     """Whether fused kernels cannot compute its attention: soft-capped scores (Gemma 2), sinks
     (gpt-oss)."""
+
+    forward: ForwardSpec | None = None
+    """How the native engine computes it; None where it cannot."""
+    not_native: str | None = None
+    """Why it cannot, None where it can."""
 
     @cached_property
     def decoder_prefix(self) -> str:

@@ -11,12 +11,11 @@ from oomproof.memory.profiles import EngineProfile
 from oomproof.memory.terms import DeviceTerms
 from oomproof.models.spec import ModelSpec, TensorSpec
 from oomproof.planning.candidate import Candidate
+from oomproof.planning.engines import why_not_native
 from oomproof.planning.speed import host_link_bytes_per_s
 from oomproof.units import format_bytes
 
-NOT_STREAMED = (
-    "layers in host memory are streamed by the native engine, which this version does not have"
-)
+NOT_STREAMED = "layers in host memory are streamed by the native engine only"
 """Why a plan with --offload cpu is priced and not run."""
 
 
@@ -32,8 +31,13 @@ def why_not_runnable(
     if any(layer.is_latent for layer in spec.attention):
         return "multi-head latent attention is planned and not run by this version"
     stored = spec.checkpoint_quantization
+    if profiles[0].engine == "native":
+        refusal = why_not_native(spec, weight_format, devices)
+        if refusal is not None:
+            return refusal
     for profile, device in zip(profiles, devices, strict=True):
-        if device.kind == "cpu" and weight_format.quant_type is not None:
+        on_bitsandbytes = profile.engine == "transformers" and weight_format.quant_type is not None
+        if device.kind == "cpu" and on_bitsandbytes:
             narrow = _unpackable(spec, profile)
             if narrow is not None:
                 return (
@@ -165,8 +169,10 @@ def price_of_streaming(candidate: Candidate) -> str:
     )
 
 
-def attention(spec: ModelSpec) -> str:
+def attention(spec: ModelSpec, engine: str) -> str:
     """Which attention is used, and why."""
+    if engine == "native":
+        return "attention is our own, over pages that are allocated at load"
     if spec.eager_attention:
         return "attention is eager: no fused kernel computes this model's"
     return "attention is torch's SDPA, which takes its fastest kernel that applies"

@@ -13,6 +13,7 @@ from oomproof.memory.kv_cache import KV_FORMATS
 
 DEFAULT_CONTEXT = 8192
 MAX_CONCURRENCY = 4096
+COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 Offload = Literal["none", "cpu"]
 
@@ -26,7 +27,10 @@ class PlanRequest:
     format: str = "auto"
     """A name of formats.FORMATS, or "auto": the best quality that fits."""
     kv_format: str = "auto"
-    """"bf16", "fp16", "fp8", or "auto": the compute dtype."""
+    """"bf16", "fp16", "fp8", "fp32", or "auto": the compute dtype."""
+    compute_dtype: str = "auto"
+    """"bfloat16", "float16", "float32" for quantized weights; "auto": what the devices are made
+    for. Other weights are computed in their own dtype."""
     context: int | Literal["auto"] | None = None
     """Prompt and answer in tokens; None for min(8192, the model's maximum)."""
     concurrency: int | Literal["auto"] = 1
@@ -38,7 +42,7 @@ class PlanRequest:
     cap_bytes: int | None = None
     """Most bytes of every device, enforced while running too."""
     engine: str = "auto"
-    """"transformers", or "auto"."""
+    """"native", "transformers", or "auto": ours where it knows the architecture."""
     offload: Offload = "none"
     """"cpu": layers that fit on no device stay in host memory and are streamed; "none"."""
     max_host_bytes: int | None = None
@@ -55,6 +59,11 @@ class PlanRequest:
             raise InputError(
                 f"unknown KV format {self.kv_format!r}",
                 remedy=f"use one of auto, {', '.join(KV_FORMATS)}",
+            )
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise InputError(
+                f"unknown compute dtype {self.compute_dtype!r}",
+                remedy=f"use one of {', '.join(COMPUTE_DTYPES)}",
             )
         if isinstance(self.context, int) and self.context < 1:
             raise InputError(f"context {self.context} must be at least 1 token")

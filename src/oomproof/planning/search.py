@@ -17,6 +17,7 @@ from oomproof.memory.weights import stored
 from oomproof.models.spec import ModelSpec, Role
 from oomproof.planning import explain
 from oomproof.planning.candidate import Candidate
+from oomproof.planning.engines import choose_engine
 from oomproof.planning.explain import NOT_STREAMED, why_not_runnable
 from oomproof.planning.notes import Notes, kind_of
 from oomproof.planning.placement import Slot
@@ -67,8 +68,7 @@ class Planner:
         self.hardware = hardware
         self.request = request
         self.notes = notes
-        self.engine = "transformers" if request.engine == "auto" else request.engine
-        self._profiles: dict[str, tuple[EngineProfile, ...]] = {}
+        self._profiles: dict[tuple[str, str], tuple[EngineProfile, ...]] = {}
         self._weight_costs = {} if weight_costs is None else weight_costs
         _refuse_impossible(spec, hardware, request)
 
@@ -86,6 +86,10 @@ class Planner:
         others = [other for other in candidates if other.format.name != name]
         better = candidates[: [other.format.name for other in candidates].index(name)]
         return self._assemble(chosen, others, better)
+
+    def engine(self, weight_format: Format) -> str:
+        """The engine that runs the model in a format."""
+        return choose_engine(self.request.engine, self.spec, weight_format, self.hardware.devices)
 
     def candidate(
         self, format_name: str, context: int, concurrency: int, *, streaming: bool = False
@@ -126,7 +130,7 @@ class Planner:
             ),
             speeds=tuple(speeds),
             host=host,
-            not_runnable=NOT_STREAMED if streaming else not_runnable,
+            not_runnable=self._why_not_streamed(weight_format) if streaming else not_runnable,
             streaming=streaming,
         )
 
@@ -197,14 +201,15 @@ class Planner:
         return DType.FLOAT16 if min(capabilities, default=(8, 0)) < (8, 0) else DType.BFLOAT16
 
     def _compute_dtype(self, weight_format: Format) -> DType:
-        return (
-            self._auto_compute_dtype if weight_format.is_quantized else weight_format.weight_dtype
-        )
+        if not weight_format.is_quantized:
+            return weight_format.weight_dtype
+        asked = self.request.compute_dtype
+        return self._auto_compute_dtype if asked == "auto" else DType(asked)
 
     def _kv_format(self, compute_dtype: DType) -> str:
         if self.request.kv_format != "auto":
             return self.request.kv_format
-        return "bf16" if compute_dtype is DType.BFLOAT16 else "fp16"
+        return next(name for name, dtype in KV_FORMATS.items() if dtype is compute_dtype)
 
     def format_names(self) -> list[str]:
         """What to try, best quality first."""
@@ -213,11 +218,15 @@ class Planner:
             return [own.format.name]
         if self.request.format != "auto":
             return [self.request.format]
-        return [
+        names = [
             name
             for name in QUALITY_ORDER
             if FORMATS[name].is_quantized or FORMATS[name].weight_dtype is self._auto_compute_dtype
         ]
+        # Where our own engine has 8 bits, bitsandbytes' are no choice of their own.
+        if self.engine(FORMATS["int8"]) == "native":
+            names.remove("llm-int8")
+        return names
 
     def _format(self, name: str) -> Format:
         """The checkpoint's own format where it is quantized already, else ours of that name."""
@@ -227,15 +236,14 @@ class Planner:
         return get_format(name)
 
     def _profiles_for(self, weight_format: Format) -> tuple[EngineProfile, ...]:
-        kind = kind_of(weight_format)
-        if kind not in self._profiles:
-            self._profiles[kind] = tuple(
-                self.notes.adjust(
-                    engine_profile(self.engine, device, self.hardware.host), device, kind
-                )
+        key = (self.engine(weight_format), kind_of(weight_format))
+        if key not in self._profiles:
+            engine, kind = key
+            self._profiles[key] = tuple(
+                self.notes.adjust(engine_profile(engine, device, self.hardware.host), device, kind)
                 for device in self.hardware.devices
             )
-        return self._profiles[kind]
+        return self._profiles[key]
 
     def _costs(self, weight_format: Format, profile: EngineProfile) -> WeightCosts:
         key = (weight_format.name, profile)
@@ -245,8 +253,9 @@ class Planner:
         return self._weight_costs[key]
 
     def _speed(self, device: DeviceSpec, model: MemoryModel, weight_format: Format) -> SpeedModel:
-        decode, prefill = self.notes.speed_factors(device, self.engine, kind_of(weight_format))
-        return SpeedModel(self.engine, device, model, decode_factor=decode, prefill_factor=prefill)
+        engine = self.engine(weight_format)
+        decode, prefill = self.notes.speed_factors(device, engine, kind_of(weight_format))
+        return SpeedModel(engine, device, model, decode_factor=decode, prefill_factor=prefill)
 
     def _host(self, weight_format: Format, profiles: Sequence[EngineProfile]) -> HostPlan:
         staging = 0
@@ -298,9 +307,9 @@ class Planner:
             runnable=chosen.not_runnable is None,
             not_runnable=chosen.not_runnable,
             refused=self._refused(chosen),
-            engine=self.engine,
+            engine=self.engine(chosen.format),
             compute_dtype=str(self._compute_dtype(chosen.format)),
-            attention="eager" if spec.eager_attention else "sdpa",
+            attention=self._attention(chosen.format),
             kv_format=chosen.kv_format,
             context=chosen.context,
             concurrency=chosen.concurrency,
@@ -316,7 +325,7 @@ class Planner:
             alternatives=self._alternatives(others),
             download_bytes=_download_bytes(spec),
             tokens_per_second=chosen.tokens_per_second,
-            load_s=load_seconds(spec, chosen.format, self.engine),
+            load_s=load_seconds(spec, chosen.format, self.engine(chosen.format)),
             reasons=self._reasons(chosen, better, max_context, max_concurrency, others),
             cap_bytes=self.request.cap_bytes,
             prefill_chunk_tokens=self._profiles_for(chosen.format)[0].prefill_chunk_tokens,
@@ -328,6 +337,14 @@ class Planner:
                 else spec.checkpoint_quantization.method
             ),
         )
+
+    def _attention(self, weight_format: Format) -> str:
+        if self.engine(weight_format) == "native":
+            return "paged"
+        return "eager" if self.spec.eager_attention else "sdpa"
+
+    def _why_not_streamed(self, weight_format: Format) -> str | None:
+        return NOT_STREAMED if self.engine(weight_format) != "native" else None
 
     def _disk(self) -> DiskPlan:
         described = self.hardware.source == "described"
@@ -365,7 +382,7 @@ class Planner:
             )
         if chosen.streaming and chosen.fits:
             reasons.append(explain.price_of_streaming(chosen))
-        reasons.append(explain.attention(self.spec))
+        reasons.append(explain.attention(self.spec, self.engine(chosen.format)))
         disk = self._disk()
         if disk.free_bytes is not None and disk.needed_bytes > disk.free_bytes:
             reasons.append(
@@ -373,7 +390,7 @@ class Planner:
                 f"{format_bytes(disk.free_bytes)} free: set HF_HOME to a larger one"
             )
         for device in self.hardware.devices[:1]:
-            if (measured := self.notes.describe(device, self.engine)) is not None:
+            if (measured := self.notes.describe(device, self.engine(chosen.format))) is not None:
                 reasons.append(f"calibrated by {measured}")
         return tuple(reasons)
 

@@ -92,6 +92,18 @@ CALIBRATIONS: dict[tuple[str, str], Calibration] = {
     ),
 }
 
+_NATIVE = "not measured yet"
+for _kind, _bandwidth in (("16-bit", 0.6), ("8-bit", 0.4), ("4-bit", 0.25)):
+    CALIBRATIONS["native", _kind] = Calibration(
+        bandwidth_efficiency=_bandwidth,
+        flops_efficiency=0.5,
+        layer_overhead_s=0.05e-3,
+        chunk_overhead_s=0.4e-3,
+        split_overhead_s=0.0,
+        load_bytes_per_s=20e9,
+        measured=_NATIVE,
+    )
+
 ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
 """Share of the bandwidth that copying keys and values to the query heads reaches, as 16 bits do."""
 ATTENTION_FLOPS_EFFICIENCY = 0.31
@@ -117,7 +129,9 @@ def calibration(engine: str, weight_format: Format) -> Calibration:
     """The measured efficiency that is nearest to how the engine runs a format."""
     if not weight_format.is_quantized:
         return CALIBRATIONS[engine, "16-bit"]
-    return CALIBRATIONS[engine, "4-bit" if weight_format.bits_per_weight < 8 else "llm-int8"]
+    if weight_format.bits_per_weight < 8:
+        return CALIBRATIONS[engine, "4-bit"]
+    return CALIBRATIONS[engine, "8-bit" if engine == "native" else "llm-int8"]
 
 
 def host_link_bytes_per_s(device: DeviceSpec) -> float:

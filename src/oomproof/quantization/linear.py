@@ -1,36 +1,22 @@
-"""A linear layer whose weight stays in its format; HANDLERS says how, one entry a format."""
+"""A linear layer whose weight stays in its format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 
-from oomproof.errors import InputError
-from oomproof.formats import get_format
-from oomproof.quantization import operators
-from oomproof.quantization.tables import table_4bit, table_dynamic
+from oomproof.quantization.handlers import HANDLERS, Handler, Parts, handler
+from oomproof.quantization.scratch import least_scratch_bytes
 
-Parts = dict[str, torch.Tensor]
-"""Component name (formats.Component) → tensor."""
+__all__ = ["HANDLERS", "Handler", "Parts", "QuantizedLinear", "handler", "least_scratch_bytes"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Handler:
-    """What a format does with a weight [rows, columns]."""
-
-    encode: Callable[[torch.Tensor], Parts]
-    """The weight → the tensors that hold it, under the names of formats.Format.components."""
-    decode: Callable[[Mapping[str, torch.Tensor], tuple[int, int], torch.dtype], torch.Tensor]
-    """Those tensors, the shape and a dtype → the weight."""
-    multiply: Callable[[torch.Tensor, Mapping[str, torch.Tensor], tuple[int, int]], torch.Tensor]
-    """An input [tokens, columns], the tensors and the shape → [tokens, rows]."""
+_SCRATCH_BYTES = 1 << 20
 
 
 class QuantizedLinear(torch.nn.Module):
     """A linear layer in a format; its tensors are buffers of exactly the bytes of the plan.
+
+    It allocates its product and scratch itself: for tests and single layers. An engine with static
+    memory calls `handler(…).multiply`.
 
     Args:
         format_name: A key of HANDLERS.
@@ -68,7 +54,7 @@ class QuantizedLinear(torch.nn.Module):
         return cls(format_name, handler(format_name).encode(weight), (rows, columns), bias)
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> dict[str, torch.Tensor]:
         """The tensors that hold the weight."""
         return {name: self.get_buffer(f"weight_{name}") for name in self._names}
 
@@ -83,134 +69,14 @@ class QuantizedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[…, columns] → […, rows], in the input's dtype."""
-        product = self._handler.multiply(x, self.parts, self.shape)
+        rows, columns = self.shape
+        tokens = x.reshape(-1, columns)
+        least = least_scratch_bytes(
+            self.format_name, len(tokens), rows, columns, itemsize=x.itemsize
+        )
+        scratch = x.new_empty(max(least, _SCRATCH_BYTES), dtype=torch.uint8)
+        out = x.new_empty(len(tokens), rows)
+        self._handler.multiply(tokens, self.parts, self.shape, out, scratch)
+        product = out.reshape(*x.shape[:-1], rows)
         bias = self.bias
         return product if bias is None else product + bias.to(product.dtype)
-
-
-def handler(format_name: str) -> Handler:
-    """What the native engine does with a format.
-
-    Raises:
-        InputError: It does nothing with it, or there is no such format.
-    """
-    get_format(format_name)
-    found = HANDLERS.get(format_name)
-    if found is None:
-        raise InputError(
-            f"{format_name} weights are not held here", remedy=f"use one of {', '.join(HANDLERS)}"
-        )
-    return found
-
-
-def _table_4bit(quant_type: str, *, nested: bool) -> Handler:
-    return Handler(
-        encode=partial(_encode_4bit, quant_type, nested=nested),
-        decode=partial(_decode_4bit, quant_type),
-        multiply=partial(_multiply_4bit, quant_type),
-    )
-
-
-def _encode_4bit(quant_type: str, weight: torch.Tensor, *, nested: bool) -> Parts:
-    codes, absmax = operators.quantize_4bit(weight, quant_type)
-    table = table_4bit(quant_type).to(weight.device, copy=True)
-    if not nested:
-        return {"weight": codes, "absmax": absmax, "quant_map": table}
-    codes_of_absmax, nested_absmax, offset = operators.quantize_absmax(absmax)
-    return {
-        "weight": codes,
-        "absmax": codes_of_absmax,
-        "quant_map": table,
-        "nested_absmax": nested_absmax,
-        "nested_quant_map": table_dynamic().to(weight.device, copy=True),
-        "nested_offset": offset,
-    }
-
-
-def _decode_4bit(
-    quant_type: str,
-    parts: Mapping[str, torch.Tensor],
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    absmax = parts["absmax"]
-    if "nested_absmax" in parts:
-        absmax = operators.dequantize_absmax(absmax, parts["nested_absmax"], parts["nested_offset"])
-    return operators.dequantize_4bit(parts["weight"], absmax, shape, quant_type, dtype)
-
-
-def _multiply_4bit(
-    quant_type: str, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]
-) -> torch.Tensor:
-    rows, _ = shape
-    codes, absmax = parts["weight"], parts["absmax"]
-    product: torch.Tensor
-    if "nested_absmax" in parts:
-        nested = (parts["nested_absmax"], parts["nested_offset"])
-        product = operators.linear_4bit_dq(x, codes, absmax, *nested, rows, quant_type)
-    else:
-        product = operators.linear_4bit(x, codes, absmax, rows, quant_type)
-    return product
-
-
-def _rows(
-    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Handler:
-    def encode(weight: torch.Tensor) -> Parts:
-        codes, scale = quantize(weight)
-        return {"weight": codes, "scale": scale}
-
-    def decode(
-        parts: Mapping[str, torch.Tensor], _shape: tuple[int, int], dtype: torch.dtype
-    ) -> torch.Tensor:
-        return (parts["weight"].float() * parts["scale"].unsqueeze(1)).to(dtype)
-
-    def multiply(
-        x: torch.Tensor, parts: Mapping[str, torch.Tensor], _shape: tuple[int, int]
-    ) -> torch.Tensor:
-        return product(x, parts["weight"], parts["scale"])
-
-    return Handler(encode=encode, decode=decode, multiply=multiply)
-
-
-def _encode_int4(weight: torch.Tensor) -> Parts:
-    codes, scale = operators.quantize_groups_int4(weight)
-    return {"weight": codes, "scale": scale}
-
-
-def _decode_int4(
-    parts: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    return operators.dequantize_int4(parts["weight"], parts["scale"], shape, dtype)
-
-
-def _multiply_int4(
-    x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]
-) -> torch.Tensor:
-    product: torch.Tensor = operators.linear_int4(x, parts["weight"], parts["scale"], shape[0])
-    return product
-
-
-def _plain(dtype: torch.dtype) -> Handler:
-    return Handler(
-        encode=lambda weight: {"weight": weight.to(dtype)},
-        decode=lambda parts, _shape, wanted: parts["weight"].to(wanted),
-        multiply=lambda x, parts, _shape: torch.nn.functional.linear(
-            x, parts["weight"].to(x.dtype)
-        ),
-    )
-
-
-HANDLERS: dict[str, Handler] = {
-    "bf16": _plain(torch.bfloat16),
-    "fp16": _plain(torch.float16),
-    "int8": _rows(operators.quantize_rows_int8, operators.linear_int8),
-    "fp8": _rows(operators.quantize_rows_fp8, operators.linear_fp8),
-    "int4": Handler(encode=_encode_int4, decode=_decode_int4, multiply=_multiply_int4),
-    "nf4": _table_4bit("nf4", nested=False),
-    "nf4-dq": _table_4bit("nf4", nested=True),
-    "fp4": _table_4bit("fp4", nested=False),
-    "fp4-dq": _table_4bit("fp4", nested=True),
-}
-"""Format → what the native engine does with it."""

@@ -1,23 +1,24 @@
-"""Quantizing and multiplying, declared once as torch operators: schema, sizes, plain-torch meaning.
+"""Quantizing and multiplying, declared once as torch operators: schema, sizes, meaning, kernel.
 
-Each operator is its own reference: it runs on any device, serves the CPU, and checks every faster
-kernel that is registered for it. Shapes: a weight is [rows, columns] = [out_features,
-in_features], an input [tokens, columns], a product [tokens, rows]; codes are flat, row-major.
+The default of each operator is plain torch (reference.py) and serves the CPU; CUDA tensors go to
+Triton kernels (`*_triton.py`, imported with the first of them), which write only to what they are
+given, do not synchronize and can be captured in a CUDA graph.
+
+Shapes: a weight is [rows, columns] = [out_features, in_features], an input `x` [tokens, columns]
+with x.stride(1) == 1, a product `out` [tokens, rows] with out.stride(1) == 1: it may be a part of
+the columns of a wider tensor. Codes are flat, row-major. `scratch` is flat uint8, at least
+scratch.least_scratch_bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+
 import torch
 
 from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
-from oomproof.quantization.tables import table_4bit, table_dynamic, thresholds_4bit
-
-_TINY = 1e-38
-INT8_MAX = 127
-INT4_MAX = 7
-INT4_OFFSET = 8
-FP8_MAX = 448.0
-"""The largest finite e4m3 value."""
+from oomproof.quantization import reference
 
 
 @torch.library.custom_op("oomproof::quantize_4bit", mutates_args=())
@@ -31,15 +32,7 @@ def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, 
     Returns:
         uint8 [ceil(n / 2)] and float32 [ceil(n / 64)], n being the number of weights.
     """
-    scaled, absmax = _scaled_blocks(weight, BLOCK_SIZE)
-    thresholds, ascending = (part.to(weight.device) for part in thresholds_4bit(quant_type))
-    if quant_type == "fp4":
-        codes = ascending[torch.bucketize(scaled.abs(), thresholds)] + 8 * (scaled < 0)
-    else:
-        codes = ascending[torch.bucketize(scaled, thresholds)]
-    codes = codes.to(torch.uint8).reshape(-1)
-    # What fills up the last byte is the code of 0.
-    return _pack(codes[: weight.numel() + weight.numel() % 2]), absmax
+    return reference.quantize_4bit(weight, quant_type)
 
 
 @quantize_4bit.register_fake
@@ -64,11 +57,7 @@ def quantize_absmax(
         Codes uint8 [blocks], their own absmax float32 [ceil(blocks / 256)], and the mean that was
         taken off, float32 [].
     """
-    offset = absmax.mean()
-    scaled, nested_absmax = _scaled_blocks(absmax - offset, NESTED_BLOCK_SIZE)
-    table = table_dynamic().to(absmax.device)
-    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8)
-    return codes.reshape(-1)[: absmax.numel()].clone(), nested_absmax, offset
+    return reference.quantize_absmax(absmax)
 
 
 @quantize_absmax.register_fake
@@ -84,10 +73,7 @@ def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @torch.library.custom_op("oomproof::quantize_rows_int8", mutates_args=())
 def quantize_rows_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 8-bit integers with a float32 scale a row: int8 [rows, columns], float32 [rows]."""
-    values = weight.float()
-    scale = values.abs().amax(dim=1) / INT8_MAX
-    codes = (values / scale.clamp(min=_TINY).unsqueeze(1)).round().clamp(-INT8_MAX, INT8_MAX)
-    return codes.to(torch.int8), scale
+    return reference.quantize_rows_int8(weight)
 
 
 @quantize_rows_int8.register_fake
@@ -101,7 +87,7 @@ def _(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.custom_op("oomproof::quantize_rows_fp8", mutates_args=())
 def quantize_rows_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 with a float32 scale a row: float8_e4m3fn [rows, columns], float32 [rows]."""
-    return _rows_fp8(weight)
+    return reference.quantize_rows_fp8(weight)
 
 
 @quantize_rows_fp8.register_fake
@@ -119,14 +105,7 @@ def quantize_groups_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     Codes are stored with 8 added, two to a byte, the first in the high half: uint8
     [ceil(rows * columns / 2)], bfloat16 [rows, ceil(columns / 64)].
     """
-    rows, columns = weight.shape
-    groups = ceil_div(columns, BLOCK_SIZE)
-    padded = torch.nn.functional.pad(weight.float(), (0, groups * BLOCK_SIZE - columns))
-    blocks = padded.reshape(rows, groups, BLOCK_SIZE)
-    scale = (blocks.abs().amax(dim=2) / INT4_MAX).to(torch.bfloat16)
-    codes = blocks / scale.float().clamp(min=_TINY).unsqueeze(2)
-    codes = codes.round().clamp(-INT4_OFFSET, INT4_MAX).reshape(rows, -1)[:, :columns]
-    return _pack((codes + INT4_OFFSET).to(torch.uint8).reshape(-1)), scale
+    return reference.quantize_groups_int4(weight)
 
 
 @quantize_groups_int4.register_fake
@@ -138,179 +117,169 @@ def _(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@torch.library.custom_op("oomproof::linear_4bit", mutates_args=())
+@torch.library.custom_op("oomproof::quantize_4bit_out", mutates_args=("codes", "absmax"))
+def quantize_4bit_out(
+    weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, quant_type: str
+) -> None:
+    """`quantize_4bit` of a contiguous slice into tensors of the sizes that it returns."""
+    for into, part in zip(
+        (codes, absmax), reference.quantize_4bit(weight, quant_type), strict=True
+    ):
+        into.copy_(part)
+
+
+@torch.library.custom_op(
+    "oomproof::quantize_absmax_out", mutates_args=("codes", "nested_absmax", "offset")
+)
+def quantize_absmax_out(
+    absmax: torch.Tensor,
+    codes: torch.Tensor,
+    nested_absmax: torch.Tensor,
+    offset: torch.Tensor,
+    nested_quant_map: torch.Tensor,  # noqa: ARG001
+) -> None:
+    """`quantize_absmax` into tensors of the sizes that it returns; the codebook is an input."""
+    for into, part in zip(
+        (codes, nested_absmax, offset), reference.quantize_absmax(absmax), strict=True
+    ):
+        into.copy_(part)
+
+
+@torch.library.custom_op("oomproof::quantize_rows_out", mutates_args=("codes", "scale"))
+def quantize_rows_out(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """`quantize_rows_int8` or `quantize_rows_fp8` into tensors of the sizes that it returns.
+
+    Which of the two is said by the type of `codes`, int8 or float8_e4m3fn.
+    """
+    int8 = codes.dtype == torch.int8
+    quantize = reference.quantize_rows_int8 if int8 else reference.quantize_rows_fp8
+    for into, part in zip((codes, scale), quantize(weight), strict=True):
+        into.copy_(part)
+
+
+@torch.library.custom_op("oomproof::quantize_groups_int4_out", mutates_args=("codes", "scale"))
+def quantize_groups_int4_out(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    starts_low: bool,
+) -> None:
+    """`quantize_groups_int4` of a contiguous slice into tensors that are there.
+
+    Args:
+        weight: [rows, columns].
+        codes: The bytes in which the slice has codes.
+        scale: [rows, groups].
+        starts_low: The first code is the low half of its byte; the high half stays as it is.
+    """
+    found, scales = reference.codes_int4(weight)
+    flat = found.reshape(-1)
+    if starts_low:
+        flat = torch.cat((codes[:1] >> 4, flat))
+    codes.copy_(reference.pack(flat))
+    scale.copy_(scales)
+
+
+@torch.library.custom_op("oomproof::linear_4bit", mutates_args=("out", "scratch"))
 def linear_4bit(
-    x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, rows: int, quant_type: str
-) -> torch.Tensor:
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_map: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,  # noqa: ARG001
+) -> None:
     """The product with a weight in nf4 or fp4.
 
     Args:
         x: [tokens, columns].
         codes: As `quantize_4bit` returns them.
         absmax: float32 [blocks].
-        rows: Rows of the weight.
-        quant_type: "nf4" or "fp4".
+        quant_map: The codebook, float32 [16].
+        out: [tokens, rows], in the type of x.
+        scratch: uint8.
     """
-    weight = dequantize_4bit(codes, absmax, (rows, x.shape[-1]), quant_type, x.dtype)
-    return torch.nn.functional.linear(x, weight)
+    reference.linear_4bit(x, codes, absmax, quant_map, out)
 
 
-@linear_4bit.register_fake
-def _(
-    x: torch.Tensor,
-    codes: torch.Tensor,  # noqa: ARG001
-    absmax: torch.Tensor,  # noqa: ARG001
-    rows: int,
-    quant_type: str,  # noqa: ARG001
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-@torch.library.custom_op("oomproof::linear_4bit_dq", mutates_args=())
-def linear_4bit_dq(
+@torch.library.custom_op("oomproof::linear_4bit_dq", mutates_args=("out", "scratch"))
+def linear_4bit_dq(  # noqa: PLR0913, PLR0917
     x: torch.Tensor,
     codes: torch.Tensor,
     absmax: torch.Tensor,
     nested_absmax: torch.Tensor,
+    nested_quant_map: torch.Tensor,
     offset: torch.Tensor,
-    rows: int,
-    quant_type: str,
-) -> torch.Tensor:
+    quant_map: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,  # noqa: ARG001
+) -> None:
     """As `linear_4bit`, with doubly quantized absmax values (`quantize_absmax`)."""
-    whole = dequantize_absmax(absmax, nested_absmax, offset)
-    weight = dequantize_4bit(codes, whole, (rows, x.shape[-1]), quant_type, x.dtype)
-    return torch.nn.functional.linear(x, weight)
+    whole = reference.dequantize_absmax(absmax, nested_absmax, nested_quant_map, offset)
+    reference.linear_4bit(x, codes, whole, quant_map, out)
 
 
-@linear_4bit_dq.register_fake
-def _(
-    x: torch.Tensor,
-    codes: torch.Tensor,  # noqa: ARG001
-    absmax: torch.Tensor,  # noqa: ARG001
-    nested_absmax: torch.Tensor,  # noqa: ARG001
-    offset: torch.Tensor,  # noqa: ARG001
-    rows: int,
-    quant_type: str,  # noqa: ARG001
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-@torch.library.custom_op("oomproof::linear_int8", mutates_args=())
-def linear_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The product with a weight of `quantize_rows_int8`; inputs stay as they are."""
-    product = torch.nn.functional.linear(x.float(), weight.float())
-    return (product * scale).to(x.dtype)
-
-
-@linear_int8.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("oomproof::linear_int4", mutates_args=())
+@torch.library.custom_op("oomproof::linear_int4", mutates_args=("out", "scratch"))
 def linear_int4(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, rows: int
-) -> torch.Tensor:
-    """The product with a weight of `quantize_groups_int4`."""
-    weight = dequantize_int4(codes, scale, (rows, x.shape[-1]), x.dtype)
-    return torch.nn.functional.linear(x, weight)
-
-
-@linear_int4.register_fake
-def _(
     x: torch.Tensor,
-    codes: torch.Tensor,  # noqa: ARG001
-    scale: torch.Tensor,  # noqa: ARG001
-    rows: int,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-@torch.library.custom_op("oomproof::linear_fp8", mutates_args=())
-def linear_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The product with a weight of `quantize_rows_fp8`; each token's input becomes e4m3 too."""
-    tokens = x.reshape(-1, x.shape[-1])
-    quantized, token_scale = _rows_fp8(tokens)
-    product = torch.nn.functional.linear(quantized.float(), weight.float())
-    product = product * token_scale.unsqueeze(1) * scale
-    return product.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-
-
-@linear_fp8.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def dequantize_4bit(
     codes: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: tuple[int, ...],
-    quant_type: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The weight that codes and absmax stand for, multiplied in float32 as bitsandbytes does."""
-    table = table_4bit(quant_type).to(codes.device)
-    values = table[_unpack(codes).to(torch.int64)]
-    count = _product(shape)
-    scales = absmax.repeat_interleave(BLOCK_SIZE)[:count]
-    return (values[:count] * scales).to(dtype).reshape(shape)
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,  # noqa: ARG001
+) -> None:
+    """The product with a weight of `quantize_groups_int4`."""
+    reference.linear_int4(x, codes, scale, out)
 
 
-def dequantize_absmax(
-    codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor
-) -> torch.Tensor:
-    """absmax values of double quantization: float32 [blocks]."""
-    values = table_dynamic().to(codes.device)[codes.to(torch.int64)]
-    scales = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
-    return values * scales + offset
+@torch.library.custom_op("oomproof::linear_int8", mutates_args=("out", "scratch"))
+def linear_int8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,  # noqa: ARG001
+) -> None:
+    """The product with a weight of `quantize_rows_int8`; inputs stay as they are."""
+    reference.linear_int8(x, weight, scale, out)
 
 
-def dequantize_int4(
-    codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """The weight of `quantize_groups_int4`."""
-    rows, columns = shape
-    values = _unpack(codes)[: rows * columns].float().reshape(shape) - INT4_OFFSET
-    scales = scale.float().repeat_interleave(BLOCK_SIZE, dim=1)[:, :columns]
-    return (values * scales).to(dtype)
+@torch.library.custom_op("oomproof::linear_fp8", mutates_args=("out", "scratch"))
+def linear_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,  # noqa: ARG001
+) -> None:
+    """The product with a weight of `quantize_rows_fp8`; each token's input becomes e4m3 too."""
+    reference.linear_fp8(x, weight, scale, out)
 
 
-def _rows_fp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = values.float()
-    scale = wide.abs().amax(dim=1) / FP8_MAX
-    codes = (wide / scale.clamp(min=_TINY).unsqueeze(1)).clamp(-FP8_MAX, FP8_MAX)
-    return codes.to(torch.float8_e4m3fn), scale
+def _nothing(*_args: object) -> None:
+    """The fake kernel of an operator that returns nothing: the sizes are its arguments'."""
 
 
-def _scaled_blocks(values: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values over the largest magnitude of their block, float32 [blocks, size], and those [blocks].
+def _on_cuda(module: str, function: str) -> Callable[..., None]:
+    """The function of that name on the GPU of its first argument; Triton is imported only then."""
 
-    Whole blocks are multiplied by the reciprocal, a last short one is divided, as bitsandbytes
-    does: the codes of values between two table entries depend on it.
-    """
-    flat = values.reshape(-1).float()
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % size))
-    blocks = padded.reshape(-1, size)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(1)
-    if flat.numel() % size:
-        scaled[-1] = blocks[-1] / absmax[-1].clamp(min=_TINY)
-    return scaled.clamp(-1, 1), absmax
+    def kernel(first: torch.Tensor, *others: torch.Tensor | str | bool) -> None:
+        launch = getattr(import_module(f"oomproof.quantization.{module}"), function)
+        with torch.cuda.device(first.device):
+            launch(first, *others)
+
+    return kernel
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """4-bit codes, two to a byte, the first in the high half."""
-    if codes.numel() % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return (codes[0::2] << 4) | codes[1::2]
-
-
-def _unpack(packed: torch.Tensor) -> torch.Tensor:
-    return torch.stack((packed >> 4, packed & 0xF), dim=1).reshape(-1)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+for _operator, _module, _function in (
+    (quantize_4bit_out, "quantize_triton", "quantize_4bit_out"),
+    (quantize_absmax_out, "quantize_triton", "quantize_absmax_out"),
+    (quantize_rows_out, "quantize_triton", "quantize_rows_out"),
+    (quantize_groups_int4_out, "quantize_triton", "quantize_groups_int4_out"),
+    (linear_4bit, "products_cuda", "linear_4bit"),
+    (linear_4bit_dq, "products_cuda", "linear_4bit_dq"),
+    (linear_int4, "products_cuda", "linear_int4"),
+    (linear_int8, "products_cuda", "linear_int8"),
+    (linear_fp8, "products_cuda", "linear_fp8"),
+):
+    _operator.register_fake(_nothing)
+    _operator.register_kernel("cuda")(_on_cuda(_module, _function))

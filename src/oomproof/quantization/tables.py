@@ -29,9 +29,10 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
+FP4_CODES = (0, 1, 6, 7, 4, 5, 2, 3)
+"""fp4's codes of magnitudes, smallest magnitude first."""
 # e2m1 in the order of its bit patterns, before it is scaled to [-1, 1].
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-_FP4_ASCENDING = (0, 1, 6, 7, 4, 5, 2, 3)
 _FP4_THRESHOLDS = (
     0.00260417,
     0.0859375,
@@ -65,7 +66,7 @@ def thresholds_4bit(quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     if quant_type == "fp4":
         return (
             torch.tensor(_FP4_THRESHOLDS, dtype=torch.float32),
-            torch.tensor(_FP4_ASCENDING, dtype=torch.int64),
+            torch.tensor(FP4_CODES, dtype=torch.int64),
         )
     values = torch.tensor(_NF4, dtype=torch.float32).double()
     return ((values[:-1] + values[1:]) / 2).float(), torch.arange(16)

@@ -15,6 +15,7 @@ from oomproof.models.families.parts import (
     slides_above_max_window_layers,
     slides_except_every,
 )
+from oomproof.models.forward import Forward
 
 _SANDWICH_NORMS = norms(
     "input_layernorm",
@@ -46,6 +47,7 @@ DENSE = (
         model_type="llama",
         attention=_CONFIGURED_ATTENTION,
         mlp=gated_mlp(bias="mlp_bias"),
+        forward=Forward(),
     ),
     Family(
         name="mistral",
@@ -53,6 +55,7 @@ DENSE = (
         model_type="mistral",
         attention=attention(),
         mlp=gated_mlp(),
+        forward=Forward(),
         slides=always_slides,
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
     ),
@@ -62,6 +65,7 @@ DENSE = (
         model_type="ministral",
         attention=attention(),
         mlp=gated_mlp(),
+        forward=Forward(),
         slides=always_slides,
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         requires=("head_dim",),
@@ -72,6 +76,7 @@ DENSE = (
         model_type="qwen2",
         attention=attention(bias=True),
         mlp=gated_mlp(),
+        forward=Forward(),
         slides=slides_above_max_window_layers,
         defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     ),
@@ -83,6 +88,7 @@ DENSE = (
             bias="attention_bias", output_bias="attention_bias", extra=_NORM_OF_A_HEAD
         ),
         mlp=gated_mlp(),
+        forward=Forward(),
         slides=slides_above_max_window_layers,
         defaults={
             "num_key_value_heads": 32,
@@ -177,6 +183,13 @@ DENSE = (
         model_type="granite",
         attention=_CONFIGURED_ATTENTION,
         mlp=gated_mlp(bias="mlp_bias"),
+        forward=Forward(
+            embedding_multiplier="embedding_multiplier",
+            residual_multiplier="residual_multiplier",
+            attention_multiplier="attention_multiplier",
+            logits_divisor="logits_scaling",
+        ),
+        defaults={"attention_multiplier": 1.0},
     ),
     Family(
         name="starcoder2",
@@ -243,6 +256,7 @@ DENSE = (
         model_type="seed_oss",
         attention=attention(bias="attention_bias", output_bias="attention_out_bias"),
         mlp=gated_mlp(bias="mlp_bias"),
+        forward=Forward(),
         defaults={"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
     ),
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from oomproof.models.config import ConfigReader, DecoderConfig
+from oomproof.models.forward import Forward
 from oomproof.models.spec import Role, TensorSpec
 
 Switch = bool | str
@@ -174,6 +175,8 @@ class Family:
     slides: SlidingRule = never_slides
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Values that transformers' config class gives to fields that published files leave out."""
+    forward: Forward | None = None
+    """How the native engine computes it, beyond its parts; None where it cannot."""
     requires: tuple[str, ...] = ()
     """Fields that this family cannot do without, beyond those of every decoder."""
     eager_attention: bool = False

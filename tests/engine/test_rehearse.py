@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from oomproof.compat.engine import TransformersEngine
-from oomproof.compat.rehearse import Rehearsal
+from oomproof.engine.rehearse import Rehearsal
 from oomproof.engine.rehearsal import Rung
 from oomproof.errors import NotRunnableError, PlanDoesNotFitError
 from oomproof.hardware.describe import describe

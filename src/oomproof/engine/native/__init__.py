@@ -1,0 +1,1 @@
+"""Our own decoder: static memory, CUDA graphs, kernels for stored weights."""

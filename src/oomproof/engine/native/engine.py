@@ -1,0 +1,235 @@
+"""The native engine: requests in, events out, over memory that was planned.
+
+Requests are admitted to slots while there are KV pages for their prompt and answer; each step moves
+every request by a prefill chunk or a token, the decoding ones together. It knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from oomproof.engine.admission import check_request
+from oomproof.engine.messages import Event, FinishedEvent, FinishReason, Request, TokenEvent
+from oomproof.engine.native.device import NativeDevice
+from oomproof.engine.native.kv_pool import PageAllocator
+from oomproof.engine.native.meter import NativeMeter
+from oomproof.engine.native.pipeline import Drawn, Pipeline
+from oomproof.loading.devices import release_devices
+from oomproof.memory.native import chunk_tokens, layer_pages
+from oomproof.memory.terms import DeviceTerms
+from oomproof.models.spec import ModelSpec
+from oomproof.planning.plan import Plan
+
+
+@dataclass(slots=True)
+class _Active:
+    """A request in its slot."""
+
+    request: Request
+    slot: int
+    position: int = 0
+    """Tokens already in the cache."""
+    pending: tuple[int, ...] = ()
+    """Tokens to process next: what is left of the prompt, or the last token drawn."""
+    new_tokens: int = 0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the prompt is done."""
+        return self.new_tokens > 0
+
+
+class NativeEngine:
+    """Runs requests on devices that a plan filled; implements `engine.protocol.Engine`.
+
+    Args:
+        devices: With their weights loaded and pools allocated.
+        plan: The plan they were built from.
+        spec: The model.
+        meter: Measures the devices since before the first of them was built.
+    """
+
+    def __init__(
+        self, devices: Sequence[NativeDevice], plan: Plan, spec: ModelSpec, meter: NativeMeter
+    ) -> None:
+        self._plan, self._spec, self._meter = plan, spec, meter
+        self._chunk = chunk_tokens(plan.context)
+        rows = max(self._chunk, plan.concurrency)
+        self._pipeline: Pipeline | None = Pipeline(devices, rows, plan.concurrency)
+        windows = {layer.sliding_window or 0: layer for layer in spec.attention}
+        self._pages = {
+            window: PageAllocator(plan.concurrency, layer_pages(layer, plan.context))
+            for window, layer in windows.items()
+        }
+        self._free_slots = list(range(plan.concurrency))[::-1]
+        self._waiting: deque[Request] = deque()
+        self._active: list[_Active] = []
+        self._cancelled: set[str] = set()
+        self._pipeline.capture(self._chunk)
+        meter.captured()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is queued or active."""
+        return not self._waiting and not self._active
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestError: Prompt and answer can never fit in the planned context.
+        """
+        check_request(request, context=self._plan.context, vocab_size=self._spec.vocab_size)
+        self._waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request at the next step; unknown ids are ignored."""
+        self._cancelled.add(request_id)
+
+    def step(self) -> Sequence[Event]:
+        """Advances every active request by a prefill chunk or a token."""
+        events: list[Event] = list(self._drop_cancelled())
+        pipeline = self._running
+        with pipeline.streams():
+            while self._waiting and self._admit(self._waiting[0]):
+                self._waiting.popleft()
+            decoding = [active for active in self._active if active.decodes]
+            for active in [active for active in self._active if not active.decodes]:
+                events += self._prefill(active)
+            if decoding:
+                events += self._decode(decoding)
+        self._meter.sample()
+        return events
+
+    def measured_terms(self) -> Mapping[int, DeviceTerms]:
+        """Device index → bytes measured so far."""
+        return self._meter.terms()
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        self._meter.release()
+        self._active.clear()
+        self._waiting.clear()
+        self._pipeline = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        release_devices(self._plan)
+
+    @property
+    def _running(self) -> Pipeline:
+        if self._pipeline is None:
+            raise RuntimeError("the engine is closed")
+        return self._pipeline
+
+    def _drop_cancelled(self) -> Iterator[FinishedEvent]:
+        for active in tuple(self._active):
+            if active.request.id in self._cancelled:
+                yield self._finish(active, "cancelled")
+        for request in tuple(self._waiting):
+            if request.id in self._cancelled:
+                self._waiting.remove(request)
+                yield _finished(request, "cancelled", new_tokens=0)
+        self._cancelled.clear()
+
+    def _admit(self, request: Request) -> bool:
+        """Gives a request its slot and pages; False where it has to wait for them."""
+        tokens = len(request.prompt_tokens) + request.max_new_tokens
+        if not self._free_slots or not all(
+            pages.has_room(tokens) for pages in self._pages.values()
+        ):
+            return False
+        slot = self._free_slots.pop()
+        taken = {window: pages.take(slot, tokens) for window, pages in self._pages.items()}
+        pipeline = self._running
+        for device in pipeline.devices:
+            if device.pool is not None:
+                device.pool.assign(slot, taken)
+        sampling = request.sampling
+        pipeline.sampler.admit(slot, sampling, sampling.seed, request.prompt_tokens)
+        self._active.append(_Active(request=request, slot=slot, pending=request.prompt_tokens))
+        return True
+
+    def _prefill(self, active: _Active) -> list[Event]:
+        tokens, rest = active.pending[: self._chunk], active.pending[self._chunk :]
+        sampling = active.request.sampling
+        self._running.prefill(
+            tokens,
+            active.position,
+            active.slot,
+            draws=not rest,
+            greedy=sampling.is_plain_argmax,
+        )
+        active.position += len(tokens)
+        active.pending = rest
+        if rest:
+            return []
+        drawn = self._running.read(1, logprobs=sampling.logprobs is not None)
+        return self._receive(active, drawn, 0)
+
+    def _decode(self, decoding: Sequence[_Active]) -> list[Event]:
+        sampling = [active.request.sampling for active in decoding]
+        self._running.decode(
+            [active.pending[0] for active in decoding],
+            [active.position for active in decoding],
+            [active.slot for active in decoding],
+            greedy=all(options.is_plain_argmax for options in sampling),
+        )
+        for active in decoding:
+            active.position += 1
+        wants_logprobs = any(options.logprobs is not None for options in sampling)
+        drawn = self._running.read(len(decoding), logprobs=wants_logprobs)
+        return [
+            event
+            for row, active in enumerate(decoding)
+            for event in self._receive(active, drawn, row)
+        ]
+
+    def _receive(self, active: _Active, drawn: Drawn, row: int) -> list[Event]:
+        """What becomes of a token that was drawn."""
+        request, token = active.request, drawn.tokens[row]
+        if token in request.stop_tokens:
+            return [self._finish(active, "stop")]
+        active.new_tokens += 1
+        active.pending = (token,)
+        wanted = request.sampling.logprobs
+        events: list[Event] = [
+            TokenEvent(request_id=request.id, token=token)
+            if wanted is None
+            else TokenEvent(
+                request_id=request.id,
+                token=token,
+                logprob=drawn.logprobs[row],
+                top_logprobs=tuple(
+                    zip(
+                        drawn.top_tokens[row][:wanted],
+                        drawn.top_logprobs[row][:wanted],
+                        strict=True,
+                    )
+                ),
+            )
+        ]
+        if active.new_tokens == request.max_new_tokens:
+            events.append(self._finish(active, "length"))
+        return events
+
+    def _finish(self, active: _Active, reason: FinishReason) -> FinishedEvent:
+        self._active.remove(active)
+        self._free_slots.append(active.slot)
+        for pages in self._pages.values():
+            pages.give_back(active.slot)
+        return _finished(active.request, reason, new_tokens=active.new_tokens)
+
+
+def _finished(request: Request, reason: FinishReason, *, new_tokens: int) -> FinishedEvent:
+    return FinishedEvent(
+        request_id=request.id,
+        reason=reason,
+        prompt_tokens=len(request.prompt_tokens),
+        new_tokens=new_tokens,
+    )

@@ -1,0 +1,122 @@
+"""From a plan to a native engine that is ready for requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from oomproof.engine.native.device import NativeDevice
+from oomproof.engine.native.engine import NativeEngine
+from oomproof.engine.native.meter import NativeMeter
+from oomproof.errors import CheckpointError, NotRunnableError
+from oomproof.hardware.spec import Hardware
+from oomproof.loading.pipeline import load_checkpoint, load_random
+from oomproof.loading.targets import LoadProgress, LoadReport, Target, is_computed_buffer
+from oomproof.models.spec import ModelSpec
+from oomproof.planning.plan import Plan
+
+Fill = Callable[[Sequence[Target]], LoadReport]
+"""Brings every target its tensor."""
+
+
+def load_engine(
+    plan: Plan,
+    spec: ModelSpec,
+    hardware: Hardware,
+    folder: Path,
+    *,
+    progress: LoadProgress | None = None,
+) -> NativeEngine:
+    """The engine with a checkpoint's weights.
+
+    Args:
+        plan: What goes where, in which format.
+        spec: The model, with the headers of its checkpoint.
+        hardware: Probed before this process touched a GPU.
+        folder: Where the model's files are.
+        progress: Told of bytes read.
+
+    Raises:
+        CheckpointError: A damaged file, or a value that is not finite.
+        LoadError: Parameters missing, unexpected or mis-shaped.
+        PlanMismatchError: The tensors take more than was planned.
+        NotRunnableError: The native engine does not compute this model.
+    """
+    checkpoint = spec.checkpoint
+    if checkpoint is None:
+        raise CheckpointError(str(folder), "holds no safetensors files")
+    tied_head = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+
+    def fill(targets: Sequence[Target]) -> LoadReport:
+        return load_checkpoint(
+            folder,
+            checkpoint,
+            targets,
+            progress=progress,
+            ignored=lambda name: is_computed_buffer(name) or name in tied_head,
+        )
+
+    return _start(plan, spec, NativeMeter(hardware), fill)
+
+
+def load_random_engine(
+    plan: Plan,
+    spec: ModelSpec,
+    meter: NativeMeter,
+    *,
+    progress: LoadProgress | None = None,
+    seed: int = 0,
+) -> NativeEngine:
+    """As `load_engine`, with random weights made on their devices.
+
+    Args:
+        plan: What goes where, in which format.
+        spec: The model.
+        meter: Made before this process touched a GPU.
+        progress: Told of bytes made.
+        seed: Makes the weights repeatable.
+
+    Raises:
+        PlanMismatchError: The tensors take more than was planned.
+        NotRunnableError: The native engine does not compute this model.
+    """
+    return _start(
+        plan,
+        spec,
+        meter,
+        lambda targets: load_random(spec, targets, progress=progress, seed=seed),
+    )
+
+
+def _start(plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill) -> NativeEngine:
+    if spec.forward is None:
+        raise NotRunnableError(
+            f"{spec.id}: {spec.not_native}", remedy="plan with --engine transformers"
+        )
+    devices: list[NativeDevice] = []
+    with torch.inference_mode():
+        meter.devices = devices
+        for planned in plan.devices_in_use:
+            if planned.kind == "cuda":
+                meter.begin(torch.device("cuda", planned.index))
+            devices.append(NativeDevice(plan, planned, spec, spec.forward))
+        targets: list[Target] = []
+        for device in devices:
+            workspace = torch.empty(
+                device.workspace_numel(), dtype=torch.float32, device=device.device
+            )
+            targets += device.targets(workspace)
+        del workspace
+        fill(targets)
+        targets.clear()
+        for device in devices:
+            if device.device.type == "cuda":
+                torch.cuda.synchronize(device.device)
+                torch.cuda.empty_cache()
+        meter.weights_loaded()
+        for device in devices:
+            device.allocate_pools()
+        meter.pools_allocated()
+    return NativeEngine(devices, plan, spec, meter)

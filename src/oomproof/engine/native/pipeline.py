@@ -1,0 +1,248 @@
+"""A step of the whole model over its devices: eager for prompts, CUDA graphs for decoding.
+
+It turns rows of (token, position, slot) into drawn tokens, and knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from oomproof.engine.native.device import NativeDevice
+from oomproof.engine.native.sampler import Sampler
+from oomproof.engine.native.stage import Head
+from oomproof.memory.native import graph_sizes
+from oomproof.memory.sampler import MAX_ALTERNATIVES
+
+PADDING_SLOT = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """What a step drew, row by row."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top_tokens: list[list[int]]
+    top_logprobs: list[list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a step on one device, which a graph can hold."""
+
+    device: NativeDevice
+    run: Callable[[], None]
+    after: Callable[[], None]
+    """Hands the result to the next piece's device; outside any graph."""
+
+
+class Pipeline:
+    """The devices of a plan as one model.
+
+    Args:
+        devices: In order along the model, weights and pools in place.
+        max_rows: The most tokens of one call.
+        requests: Requests at once.
+    """
+
+    def __init__(self, devices: Sequence[NativeDevice], max_rows: int, requests: int) -> None:
+        self.devices = devices
+        self._requests = requests
+        self._last = next(device for device in devices if device.final_norm is not None)
+        self._head_device = next(device for device in devices if device.head is not None)
+        assert self._head_device.head is not None
+        assert self._head_device.sampler is not None
+        self._head: Head = self._head_device.head
+        self.sampler: Sampler = self._head_device.sampler
+        on_gpu = self._head_device.device.type == "cuda"
+        self._drawn = self._head_device.arena["drawn"]
+        self._host_inputs = torch.zeros((3, max_rows), dtype=torch.int32, pin_memory=on_gpu)
+        self._inputs_sent = [torch.cuda.Event() for device in devices if device.stream]
+        self._host_drawn = torch.zeros(requests, dtype=torch.int64, pin_memory=on_gpu)
+        self._host_logprobs = torch.zeros(requests, pin_memory=on_gpu)
+        self._host_top_tokens = torch.zeros(
+            (requests, MAX_ALTERNATIVES), dtype=torch.int32, pin_memory=on_gpu
+        )
+        self._host_top_logprobs = torch.zeros((requests, MAX_ALTERNATIVES), pin_memory=on_gpu)
+        self._graphs: dict[tuple[int, bool], list[torch.cuda.CUDAGraph]] = {}
+
+    @contextmanager
+    def streams(self) -> Iterator[None]:
+        """Everything inside runs on the devices' own streams, without gradients."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            for device in reversed(self.devices):
+                if device.stream is not None:
+                    stack.enter_context(torch.cuda.stream(device.stream))
+            yield
+
+    def prefill(
+        self, tokens: Sequence[int], position: int, slot: int, *, draws: bool, greedy: bool
+    ) -> None:
+        """A chunk of one request's prompt, and the token after it where `draws`."""
+        rows = len(tokens)
+        self._send(tokens, range(position, position + rows), [slot] * rows)
+        for number, device in enumerate(self.devices):
+            if number:
+                self._hand_over(self.devices[number - 1], device, rows)
+            if device.embedding is not None:
+                device.embedding.run(rows)
+            if device.layers is not None:
+                device.layers.run(rows, one_request=True)
+        if draws:
+            assert self._last.final_norm is not None
+            self._head.receive(self._last.final_norm.run(rows - 1, 1))
+            self._draw(1, greedy=greedy)
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[int],
+        *,
+        greedy: bool,
+    ) -> None:
+        """One token of each of several requests."""
+        rows = len(tokens)
+        size = next((size for size in self.graph_sizes if size >= rows), rows)
+        padding = size - rows
+        self._send(
+            [*tokens, *[0] * padding],
+            [*positions, *[0] * padding],
+            [*slots, *[PADDING_SLOT] * padding],
+        )
+        graphs = self._graphs.get((size, greedy))
+        for number, piece in enumerate(self._pieces(size, greedy=greedy)):
+            if graphs is None:
+                piece.run()
+            else:
+                graphs[number].replay()
+            piece.after()
+
+    def read(self, rows: int, *, logprobs: bool) -> Drawn:
+        """What the last step drew; waits for it."""
+        self._host_drawn.copy_(self._drawn, non_blocking=True)
+        if logprobs:
+            self._host_logprobs.copy_(self.sampler.logprobs, non_blocking=True)
+            self._host_top_tokens.copy_(self.sampler.top_tokens, non_blocking=True)
+            self._host_top_logprobs.copy_(self.sampler.top_logprobs, non_blocking=True)
+        if self._head_device.stream is not None:
+            self._head_device.stream.synchronize()
+        return Drawn(
+            tokens=self._host_drawn[:rows].tolist(),
+            logprobs=self._host_logprobs[:rows].tolist() if logprobs else [],
+            top_tokens=self._host_top_tokens[:rows].tolist() if logprobs else [],
+            top_logprobs=self._host_top_logprobs[:rows].tolist() if logprobs else [],
+        )
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Rows of a decode step for which there are graphs, ascending."""
+        return sorted({rows for rows, _ in self._graphs})
+
+    def capture(self, chunk_tokens: int) -> None:
+        """Runs every kind of step once, then records decode steps as CUDA graphs.
+
+        Powers of two up to the requests at once, and that number itself. Rows of padding write
+        nothing. Where layers are streamed, steps stay eager: their copies have a schedule.
+
+        Args:
+            chunk_tokens: Tokens of a prompt that are processed at once.
+        """
+        on_gpu = self._head_device.stream is not None
+        if not on_gpu:
+            return
+        with self.streams():
+            for rows in {1, min(17, chunk_tokens), min(65, chunk_tokens), chunk_tokens}:
+                self.prefill([0] * rows, 0, 0, draws=False, greedy=True)
+            streams = any(device.layer_stream is not None for device in self.devices)
+            for rows in graph_sizes(self._requests):
+                for greedy in (True, False):
+                    padding = [PADDING_SLOT] * rows
+                    self.decode([0] * rows, [0] * rows, padding, greedy=greedy)
+                    self._wait()
+                    if not streams:
+                        self._graphs[rows, greedy] = self._record(rows, greedy=greedy)
+            self._wait()
+
+    def _record(self, rows: int, *, greedy: bool) -> list[torch.cuda.CUDAGraph]:
+        graphs = []
+        for piece in self._pieces(rows, greedy=greedy):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(piece.device.stream):
+                graph.capture_begin()
+                try:
+                    piece.run()
+                finally:
+                    graph.capture_end()
+            graphs.append(graph)
+        return graphs
+
+    def _pieces(self, rows: int, *, greedy: bool) -> list[_Piece]:
+        """A decode step of so many rows."""
+        followers = [*self.devices[1:], None]
+        pieces = [
+            _Piece(
+                device,
+                partial(self._run_device, device, rows, greedy=greedy),
+                partial(self._hand_over, device, following, rows),
+            )
+            for device, following in zip(self.devices, followers, strict=True)
+        ]
+        if self._head_device is not self._last:
+            pieces.append(
+                _Piece(
+                    self._head_device,
+                    partial(self._draw, rows, greedy=greedy),
+                    _nothing,
+                )
+            )
+        return pieces
+
+    def _run_device(self, device: NativeDevice, rows: int, *, greedy: bool) -> None:
+        if device.embedding is not None:
+            device.embedding.run(rows)
+        if device.layers is not None:
+            device.layers.run(rows, one_request=False)
+        if device.final_norm is not None:
+            normed = device.final_norm.run(0, rows)
+            if device is self._head_device:
+                self._head.receive(normed)
+                self._draw(rows, greedy=greedy)
+
+    def _hand_over(self, device: NativeDevice, following: NativeDevice | None, rows: int) -> None:
+        if following is not None:
+            following.arena["hidden"][:rows].copy_(device.arena["hidden"][:rows], non_blocking=True)
+        elif self._head_device is not device:
+            self._head.receive(device.arena["normed"][:rows])
+
+    def _draw(self, rows: int, *, greedy: bool) -> None:
+        logits = self._head.run(rows)
+        slots = self._head_device.arena["inputs"][2, :rows]
+        draw = self.sampler.sample_greedy if greedy else self.sampler.sample
+        draw(logits, slots, self._drawn[:rows])
+
+    def _send(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> None:
+        # The last copy must have left the host before its source is written again.
+        for event in self._inputs_sent:
+            event.synchronize()
+        rows = torch.tensor([list(tokens), list(positions), list(slots)], dtype=torch.int32)
+        self._host_inputs[:, : rows.shape[1]] = rows
+        for number, device in enumerate(self.devices):
+            device.arena["inputs"].copy_(self._host_inputs, non_blocking=True)
+            if device.stream is not None:
+                self._inputs_sent[number].record(device.stream)
+
+    def _wait(self) -> None:
+        for device in self.devices:
+            if device.stream is not None:
+                device.stream.synchronize()
+
+
+def _nothing() -> None:
+    """The last piece has nobody to hand its result to."""

@@ -1,0 +1,166 @@
+"""What the native engine allocates: every buffer by name and shape, for planning and for loading.
+
+The engine carves exactly these from one arena a device, so the plan's workspace is a sum of shapes
+and not an estimate. T is the most tokens of one call (a prefill chunk, or a decode step of every
+request), B the requests at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oomproof.formats import DType, ceil_div
+from oomproof.memory.arena import Buffer, Layout, lay_out
+from oomproof.memory.kv_cache import PAGE_TOKENS, planned_tokens
+from oomproof.memory.sampler import sampler_buffers
+from oomproof.models.spec import AttentionSpec, ModelSpec
+from oomproof.units import MIB
+
+CHUNK_TOKENS = 1024
+"""A prompt is processed this many tokens at a time."""
+SCRATCH_BYTES = 32 * MIB
+"""Slices of dequantized weights: half of an H200's L2, so that the product reads them from it."""
+PINNED_BYTES = 256 * MIB
+"""Page-locked host memory that a checkpoint's bytes pass through."""
+DEVICE_STAGING_BYTES = 192 * MIB
+"""What slices wait in on a device until they are quantized into their place."""
+DECODE_SPLITS = 16
+"""Parts that a decode step's attention to one request is split into at most, side by side."""
+SPLIT_TOKENS = 512
+"""Fewest tokens of a part."""
+STREAMING_BUFFERS = 2
+"""Layers in flight where layers are streamed from host memory: one computes, the next travels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """What the buffers of a device depend on, besides the model."""
+
+    context: int
+    """Tokens of one request."""
+    concurrency: int
+    compute_dtype: DType
+    quantized: bool
+    """Whether weights are dequantized slice by slice."""
+    has_layers: bool = True
+    has_head: bool
+    """Whether logits are computed and tokens drawn there."""
+
+
+def chunk_tokens(context: int) -> int:
+    """Tokens of a prompt that are processed at once."""
+    return min(planned_tokens(context), CHUNK_TOKENS)
+
+
+def step_tokens(shape: StepShape) -> int:
+    """T: the most tokens of one call."""
+    return max(chunk_tokens(shape.context), shape.concurrency)
+
+
+def layer_pages(attention: AttentionSpec, context: int) -> int:
+    """KV pages that one request has in a layer.
+
+    A layer with a sliding window keeps its window and the chunk that is being written, in a ring.
+    """
+    pages = ceil_div(context, PAGE_TOKENS)
+    if attention.sliding_window is None:
+        return pages
+    kept = attention.sliding_window + chunk_tokens(context)
+    return min(pages, ceil_div(kept, PAGE_TOKENS) + 1)
+
+
+def layer_kv_bytes(
+    attention: AttentionSpec, *, context: int, concurrency: int, dtype: DType
+) -> int:
+    """Bytes of one layer's pages for `concurrency` requests of `context` tokens."""
+    per_token = attention.num_key_value_heads * (attention.key_head_dim + attention.value_head_dim)
+    tokens = layer_pages(attention, context) * PAGE_TOKENS
+    return concurrency * tokens * per_token * dtype.itemsize
+
+
+def graph_sizes(concurrency: int) -> tuple[int, ...]:
+    """Rows of the decode steps that are recorded: powers of two, and every request at once."""
+    powers = (1 << n for n in range(concurrency.bit_length()))
+    return tuple(sorted({*(size for size in powers if size <= concurrency), concurrency}))
+
+
+def decode_splits(context: int) -> int:
+    """Parts that attention to one request is split into."""
+    return max(1, min(DECODE_SPLITS, ceil_div(context, SPLIT_TOKENS)))
+
+
+def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
+    """Every buffer of a device, weights and KV pool aside."""
+    tokens, requests = step_tokens(shape), shape.concurrency
+    hidden, compute = spec.hidden_size, shape.compute_dtype
+    attention = spec.attention[0]
+    heads, head_dim = spec.num_attention_heads, attention.key_head_dim
+    qkv = (heads + 2 * attention.num_key_value_heads) * head_dim
+    groups = sorted({layer.sliding_window or 0 for layer in spec.attention})
+    buffers = [
+        # Row by row: token, position, slot of its request (-1 for padding).
+        Buffer(name="inputs", shape=(3, tokens), dtype=DType.INT32),
+        Buffer(name="hidden", shape=(tokens, hidden), dtype=compute),
+        Buffer(name="normed", shape=(tokens, hidden), dtype=compute),
+        Buffer(name="scratch", shape=(SCRATCH_BYTES if shape.quantized else 0,), dtype=DType.UINT8),
+    ]
+    if shape.has_layers:
+        splits = decode_splits(shape.context)
+        buffers += [
+            *(
+                Buffer(
+                    name=f"pages.{window}",
+                    shape=(requests, _group_pages(spec, window, shape.context)),
+                    dtype=DType.INT32,
+                )
+                for window in groups
+            ),
+            # Cosines and sines of every position, of the first half of a head: the second repeats.
+            Buffer(
+                name="rotary",
+                shape=(2, planned_tokens(shape.context), head_dim // 2),
+                dtype=DType.FLOAT32,
+            ),
+            Buffer(name="qkv", shape=(tokens, qkv), dtype=compute, phase="attention"),
+            Buffer(
+                name="attended", shape=(tokens, heads * head_dim), dtype=compute, phase="attention"
+            ),
+            # Weighted values of each part, its largest score and its sum.
+            Buffer(
+                name="partials",
+                shape=(requests, heads, splits, head_dim + 2),
+                dtype=DType.FLOAT32,
+                phase="attention",
+            ),
+            Buffer(
+                name="gate_up",
+                shape=(tokens, 2 * spec.intermediate_size),
+                dtype=compute,
+                phase="mlp",
+            ),
+            Buffer(
+                name="gated", shape=(tokens, spec.intermediate_size), dtype=compute, phase="mlp"
+            ),
+        ]
+    if shape.has_head:
+        buffers += [
+            Buffer(name="last_hidden", shape=(requests, hidden), dtype=compute),
+            Buffer(name="head_out", shape=(requests, spec.vocab_size), dtype=compute, phase="head"),
+            Buffer(name="logits", shape=(requests, spec.vocab_size), dtype=DType.FLOAT32),
+            Buffer(name="drawn", shape=(requests,), dtype=DType.INT64),
+            *(
+                Buffer(name=f"sampler.{name}", shape=size, dtype=dtype)
+                for name, size, dtype in sampler_buffers(requests, spec.vocab_size)
+            ),
+        ]
+    return tuple(buffers)
+
+
+def step_layout(spec: ModelSpec, shape: StepShape) -> Layout:
+    """Where the buffers of a device lie in its arena."""
+    return lay_out(step_buffers(spec, shape))
+
+
+def _group_pages(spec: ModelSpec, window: int, context: int) -> int:
+    layer = next(layer for layer in spec.attention if (layer.sliding_window or 0) == window)
+    return layer_pages(layer, context)

@@ -1,0 +1,223 @@
+"""What each format means, in plain torch: any device, any shape.
+
+The operators run this on a CPU, and every kernel is checked against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import gcd
+
+import torch
+
+from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
+from oomproof.quantization.tables import table_dynamic, thresholds_4bit
+
+TINY = 1e-38
+INT8_MAX = 127
+INT4_MAX = 7
+INT4_OFFSET = 8
+FP8_MAX = 448.0
+"""The largest finite e4m3 value."""
+SLICE_ELEMENTS = 128
+"""A slice of a weight begins at a multiple of this: at a whole byte of codes, and a whole block."""
+_STEP_ELEMENTS = 1 << 22
+
+
+def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes, and absmax of each block; see operators.quantize_4bit."""
+    scaled, absmax = _scaled_blocks(weight, BLOCK_SIZE)
+    thresholds, ascending = (part.to(weight.device) for part in thresholds_4bit(quant_type))
+    if quant_type == "fp4":
+        codes = ascending[torch.bucketize(scaled.abs(), thresholds)] + 8 * (scaled < 0)
+    else:
+        codes = ascending[torch.bucketize(scaled, thresholds)]
+    codes = codes.to(torch.uint8).reshape(-1)
+    # What fills up the last byte is the code of 0.
+    return pack(codes[: weight.numel() + weight.numel() % 2]), absmax
+
+
+def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, their absmax, and the mean; see operators.quantize_absmax."""
+    offset = absmax.mean()
+    scaled, nested_absmax = _scaled_blocks(absmax - offset, NESTED_BLOCK_SIZE)
+    table = table_dynamic().to(absmax.device)
+    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8)
+    return codes.reshape(-1)[: absmax.numel()].clone(), nested_absmax, offset
+
+
+def quantize_rows_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers, and a scale a row; see operators.quantize_rows_int8."""
+    values = weight.float()
+    scale = _over(values.abs().amax(dim=1), INT8_MAX)
+    codes = (values / scale.clamp(min=TINY).unsqueeze(1)).round().clamp(-INT8_MAX, INT8_MAX)
+    return codes.to(torch.int8), scale
+
+
+def quantize_rows_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 values, and a scale a row; see operators.quantize_rows_fp8."""
+    values = weight.float()
+    scale = _over(values.abs().amax(dim=1), FP8_MAX)
+    codes = (values / scale.clamp(min=TINY).unsqueeze(1)).clamp(-FP8_MAX, FP8_MAX)
+    return codes.to(torch.float8_e4m3fn), scale
+
+
+def quantize_groups_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes, and a scale a group; see operators.quantize_groups_int4."""
+    codes, scale = codes_int4(weight)
+    return pack(codes.reshape(-1)), scale
+
+
+def codes_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes not yet packed, uint8 [rows, columns], and bfloat16 [rows, groups]."""
+    rows, columns = weight.shape
+    groups = ceil_div(columns, BLOCK_SIZE)
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * BLOCK_SIZE - columns))
+    blocks = padded.reshape(rows, groups, BLOCK_SIZE)
+    scale = _over(blocks.abs().amax(dim=2), INT4_MAX).to(torch.bfloat16)
+    codes = blocks / scale.float().clamp(min=TINY).unsqueeze(2)
+    codes = codes.round().clamp(-INT4_OFFSET, INT4_MAX).reshape(rows, -1)[:, :columns]
+    return (codes + INT4_OFFSET).to(torch.uint8), scale
+
+
+def dequantize_4bit(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_map: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight that codes and absmax stand for, multiplied in float32 as bitsandbytes does."""
+    values = quant_map[unpack(codes).int()]
+    count = shape[0] * shape[1]
+    scales = absmax.repeat_interleave(BLOCK_SIZE)[:count]
+    return (values[:count] * scales).to(dtype).reshape(shape)
+
+
+def dequantize_absmax(
+    codes: torch.Tensor,
+    nested_absmax: torch.Tensor,
+    nested_quant_map: torch.Tensor,
+    offset: torch.Tensor,
+) -> torch.Tensor:
+    """absmax values of double quantization: float32 [blocks]."""
+    scales = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    return nested_quant_map[codes.int()] * scales + offset
+
+
+def dequantize_int4(
+    codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight of `quantize_groups_int4`."""
+    rows, columns = shape
+    values = unpack(codes)[: rows * columns].float().reshape(shape) - INT4_OFFSET
+    scales = scale.float().repeat_interleave(BLOCK_SIZE, dim=1)[:, :columns]
+    return (values * scales).to(dtype)
+
+
+def linear_4bit(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_map: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """See operators.linear_4bit."""
+    columns = x.shape[1]
+
+    def weight(first: int, end: int) -> torch.Tensor:
+        start, stop = first * columns, end * columns
+        return dequantize_4bit(
+            codes[start // 2 : ceil_div(stop, 2)],
+            absmax[start // BLOCK_SIZE : ceil_div(stop, BLOCK_SIZE)],
+            quant_map,
+            (end - first, columns),
+            x.dtype,
+        )
+
+    _slice_after_slice(x, weight, out)
+
+
+def linear_int4(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
+) -> None:
+    """See operators.linear_int4."""
+    columns = x.shape[1]
+
+    def weight(first: int, end: int) -> torch.Tensor:
+        packed = codes[first * columns // 2 : ceil_div(end * columns, 2)]
+        return dequantize_int4(packed, scale[first:end], (end - first, columns), x.dtype)
+
+    _slice_after_slice(x, weight, out)
+
+
+def linear_int8(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
+) -> None:
+    """See operators.linear_int8."""
+    wide = x.float()
+    for first, end in slices_of(weight.shape[0], weight.shape[1]):
+        product = torch.mm(wide, weight[first:end].float().t())
+        out[:, first:end] = product * scale[first:end]
+
+
+def linear_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
+) -> None:
+    """See operators.linear_fp8."""
+    quantized, token_scale = quantize_rows_fp8(x)
+    wide = quantized.float()
+    for first, end in slices_of(weight.shape[0], weight.shape[1]):
+        product = torch.mm(wide, weight[first:end].float().t())
+        out[:, first:end] = product * token_scale.unsqueeze(1) * scale[first:end]
+
+
+def slices_of(rows: int, columns: int, elements: int = _STEP_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """(first row, end) of slices of about that many elements, whole blocks and bytes but the last.
+
+    A whole weight in float32 beside its codes is what a machine that needs them has no room for.
+    """
+    unit = SLICE_ELEMENTS // gcd(SLICE_ELEMENTS, columns)
+    step = max(1, elements // (columns * unit)) * unit
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes, two to a byte, the first in the high half."""
+    if codes.numel() % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return (codes[0::2] << 4) | codes[1::2]
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The codes of `pack`, one to a byte."""
+    return torch.stack((packed >> 4, packed & 0xF), dim=1).reshape(-1)
+
+
+def _slice_after_slice(
+    x: torch.Tensor, weight: Callable[[int, int], torch.Tensor], out: torch.Tensor
+) -> None:
+    for first, end in slices_of(out.shape[1], x.shape[1]):
+        out[:, first:end] = torch.mm(x, weight(first, end).t())
+
+
+def _over(values: torch.Tensor, number: float) -> torch.Tensor:
+    """A quotient rounded once on any device; torch multiplies by 1 / number on CUDA."""
+    return values / torch.full_like(values, number)
+
+
+def _scaled_blocks(values: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values over the largest magnitude of their block, float32 [blocks, size], and those [blocks].
+
+    Whole blocks are multiplied by the reciprocal, a last short one is divided, as bitsandbytes
+    does: the codes of values between two table entries depend on it.
+    """
+    flat = values.reshape(-1).float()
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % size))
+    blocks = padded.reshape(-1, size)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)
+    if flat.numel() % size:
+        scaled[-1] = blocks[-1] / absmax[-1].clamp(min=TINY)
+    return scaled.clamp(-1, 1), absmax

@@ -1,0 +1,115 @@
+"""The native engine on a GPU: logits, company, and memory that does not move (make test-gpu)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from oomproof.engine.messages import Request, SamplingOptions, TokenEvent
+from oomproof.engine.native.engine import NativeEngine
+from oomproof.models.resolve import bundled_folder
+from tests.compat.checkpoints import random_checkpoint
+from tests.engine.native.test_engine import (
+    FAMILIES,
+    assert_greedy,
+    engine_of,
+    prompts,
+    reference_model,
+    request,
+    run,
+)
+
+pytestmark = pytest.mark.gpu
+FORMATS = ("bf16", "fp16", "int8", "fp8", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq")
+
+
+@torch.inference_mode()
+def logits_of(engine: NativeEngine, tokens: list[int]) -> torch.Tensor:
+    """float32 [tokens, vocab], each token's from a decode step of its own after a prompt of one."""
+    pipeline = engine._running
+    found = []
+    for device in pipeline.devices:
+        assert device.pool is not None
+        device.pool.assign(0, {w: range(t.shape[1]) for w, t in device.pool.tables.items()})
+    with pipeline.streams():
+        half = len(tokens) // 2
+        pipeline.prefill(tokens[:half], 0, 0, draws=True, greedy=True)
+        pipeline.read(1, logprobs=False)
+        found.append(pipeline._head.logits[0].cpu().clone())
+        for position in range(half, len(tokens)):
+            pipeline.decode([tokens[position]], [position], [0], greedy=True)
+            pipeline.read(1, logprobs=False)
+            found.append(pipeline._head.logits[0].cpu().clone())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_logits_are_those_of_a_float32_reference(
+    family: str, format_name: str, tmp_path: Path
+) -> None:
+    folder = random_checkpoint(tmp_path / "model", family)
+    engine = engine_of(folder, format=format_name, context=256)
+    tokens = prompts(1, 2048, 1)[0] + torch.arange(4, 104).tolist()
+    found = logits_of(engine, tokens)
+    with torch.inference_mode():
+        logits = reference_model(folder, format_name)(torch.tensor([tokens])).logits[0]
+    expected = logits[len(tokens) // 2 - 1 :]
+    # e4m3 rounds activations too: 3 bits of fraction against the 8 of bfloat16.
+    bound = 5e-2 if format_name == "fp8" else 1e-2
+    assert float((found - expected).norm() / expected.norm()) < bound
+    engine.close()
+
+
+def test_thirty_two_together_answer_as_each_alone() -> None:
+    asked = prompts(32, 2048, 150)
+    together = engine_of(bundled_folder(), format="fp32", context=256, concurrency=32)
+    answers = run(together, [request(str(n), prompt, 100) for n, prompt in enumerate(asked)])
+    together.close()
+    alone = engine_of(bundled_folder(), format="fp32", context=256)
+    model = reference_model(bundled_folder(), "fp32")
+    for number, prompt in enumerate(asked):
+        assert run(alone, [request("x", prompt, 100)])["x"] == answers[str(number)]
+        assert_greedy(model, prompt, answers[str(number)])
+    alone.close()
+
+
+@pytest.mark.parametrize("format_name", ["bf16", "nf4-dq", "fp8"])
+@pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
+def test_memory_does_not_move_over_a_thousand_requests(format_name: str, kv_format: str) -> None:
+    engine = engine_of(
+        bundled_folder(), format=format_name, kv_format=kv_format, context=1024, concurrency=7
+    )
+    chooser = random.Random(0)
+    before = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+    torch.cuda.reset_peak_memory_stats()
+    answered = 0
+    for number in range(1000):
+        prompt = [chooser.randrange(4, 2048) for _ in range(chooser.choice((1, 3, 20, 200, 900)))]
+        options = SamplingOptions(
+            temperature=chooser.choice((0.0, 0.7, 1.3)),
+            top_k=chooser.choice((0, 1, 40)),
+            top_p=chooser.choice((1.0, 0.9)),
+            min_p=chooser.choice((0.0, 0.05)),
+            repetition_penalty=chooser.choice((1.0, 1.2)),
+            logprobs=chooser.choice((None, 0, 5)),
+            seed=number,
+        )
+        engine.submit(
+            Request(
+                id=str(number),
+                prompt_tokens=tuple(prompt),
+                max_new_tokens=chooser.randrange(1, 12),
+                sampling=options,
+            )
+        )
+    while not engine.idle:
+        answered += sum(isinstance(event, TokenEvent) for event in engine.step())
+    assert answered >= 1000
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    assert torch.cuda.max_memory_allocated() == before[0]
+    assert torch.cuda.max_memory_reserved() == before[1]
+    engine.close()
