@@ -5,13 +5,15 @@ hand_off(model, target, …) → HandOff: the plan of another engine
 load(plan or model, …)     → Model, which answers prompts
 from_pretrained(model, …)  → an ordinary transformers model, placed by a plan
 rehearse(plan or model, …) → Rehearsal: the plan at full size, with random weights
+bench(plan or model, …)    → BenchReport: its speed against the machine's limits, and a peer's
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -32,13 +34,14 @@ from oomproof.planning.notes import read_notes, write_notes
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import Offload, PlanRequest
 from oomproof.planning.search import make_plan
+from oomproof.starting import Contract, rehearsable, start_engine
 from oomproof.units import format_bytes, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from oomproof.engine.model import Model
-    from oomproof.engine.protocol import Engine
+    from oomproof.engine.bench import BenchReport, Timing
     from oomproof.engine.rehearsal import Rung
-    from oomproof.engine.rehearse import Rehearsable, Rehearsal
+    from oomproof.engine.rehearse import Rehearsal
     from oomproof.planning.handoffs.handoff import HandOff
 
 RUN_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "jinja2")
@@ -191,41 +194,10 @@ def load(
     tokenizer = TransformersTokenizer(
         folder, defaults=defaults, trust_remote_code=trust_remote_code
     )
-    engine = _load_engine(contract, folder, progress, trust_remote_code=trust_remote_code)
-    return Model(engine, tokenizer, contract.plan, defaults)
-
-
-def _load_engine(
-    contract: _Contract, folder: Path, progress: Progress | None, *, trust_remote_code: bool
-) -> Engine:
-    """The engine that the plan names, with the model's weights."""
-    from oomproof.loading.devices import prepare_devices
-
-    prepare_devices(contract.plan, contract.hardware)
-    if contract.plan.engine == "native":
-        from oomproof.engine.native.load import load_engine
-
-        return load_engine(
-            contract.plan,
-            contract.spec,
-            contract.hardware,
-            folder,
-            progress=_of_stage(progress, "load"),
-        )
-    from oomproof.compat.engine import TransformersEngine
-    from oomproof.compat.measure import MemoryMeter
-    from oomproof.compat.model import import_libraries, load_model
-
-    import_libraries(contract.plan, contract.spec)
-    meter = MemoryMeter(contract.plan, contract.hardware)
-    loaded = load_model(
-        contract.plan,
-        contract.spec,
-        folder,
-        progress=_of_stage(progress, "load"),
-        trust_remote_code=trust_remote_code,
+    engine = start_engine(
+        contract, folder, _of_stage(progress, "load"), trust_remote_code=trust_remote_code
     )
-    return TransformersEngine(loaded, contract.plan, contract.spec, meter)
+    return Model(engine, tokenizer, contract.plan, defaults)
 
 
 def from_pretrained(
@@ -298,43 +270,18 @@ def rehearse(
             remedy=f"rehearse its 16-bit model with --format {contract.plan.format}",
         )
     from oomproof.engine.rehearse import rehearse_plan
-    from oomproof.loading.devices import prepare_devices
 
-    prepare_devices(contract.plan, contract.hardware)
     notes = read_notes()
     rehearsal = rehearse_plan(
         contract.plan,
         contract.spec,
         contract.hardware,
-        _rehearsable(contract, progress),
+        rehearsable(contract, _of_stage(progress, "load")),
         on_rung=on_rung,
     )
     if keep_note and (found := rehearsal.notes(notes)):
         write_notes(found)
     return rehearsal
-
-
-def _rehearsable(contract: _Contract, progress: Progress | None) -> Rehearsable:
-    """The engine that the plan names, to be started with random weights."""
-    from oomproof.engine.rehearse import Rehearsable
-
-    plan, spec, hardware = contract.plan, contract.spec, contract.hardware
-    told = _of_stage(progress, "load")
-    if plan.engine == "native":
-        import torch
-
-        from oomproof.engine.native.load import load_random_engine
-        from oomproof.engine.native.meter import NativeMeter
-
-        native_meter = NativeMeter(hardware)
-        return Rehearsable(
-            start=lambda: load_random_engine(plan, spec, native_meter, progress=told),
-            measured=native_meter.terms,
-            versions=f"torch {torch.__version__}",
-        )
-    from oomproof.compat.rehearse import rehearsable
-
-    return rehearsable(plan, spec, hardware, told)
 
 
 def _require_transformers(agreed: Plan) -> None:
@@ -343,6 +290,79 @@ def _require_transformers(agreed: Plan) -> None:
             f"{agreed.model} is planned for the {agreed.engine} engine, not for transformers",
             remedy='plan it with engine="transformers"',
         )
+
+
+def bench(
+    model: Plan | str | Path,
+    *,
+    against: str | None = None,
+    random_weights: bool = False,
+    requests: Sequence[int] = (1, 4, 16),
+    contexts: Sequence[int] = (128, 2048, 8192),
+    progress: Progress | None = None,
+    told: Callable[[str, Timing], None] | None = None,
+    **options: Any,
+) -> BenchReport:
+    """Times a model on this machine: loading, prompts, and decoding over requests and context.
+
+    Args:
+        model: A plan of this machine, or what `plan` takes.
+        against: "transformers": the same model, format and machine through that engine, in turn.
+        random_weights: Weights made up on the devices instead of the checkpoint's; what a model of
+            the catalog has anyway.
+        requests: Requests at once; more than the plan's concurrency count as that.
+        contexts: Tokens of context; more than the plan has room for count as what it has.
+        progress: Told of bytes loaded.
+        told: Told of each figure, with the engine's name.
+        options: Those of `plan`, where `model` is not a plan.
+
+    Raises:
+        InputError: No such engine to compare with, or as `plan`.
+        MissingDependencyError, PlanDoesNotFitError, NotRunnableError: As `load` does.
+    """
+    if against not in (None, "transformers"):
+        raise InputError(
+            f"nothing to compare with is called {against[:40]!r}", remedy="use transformers"
+        )
+    from oomproof.engine.bench import Contender, run_bench
+
+    if not isinstance(model, Plan):
+        options.setdefault("concurrency", max(requests))
+    contract = _agree(model, options, needs_checkpoint=False)
+    made_up = random_weights or contract.spec.source.kind == "catalog"
+    if not made_up:
+        contract = replace(contract, spec=with_checkpoint(contract.spec))
+    contracts = [contract]
+    if against is not None and contract.plan.engine != against:
+        contracts.append(_peer(contract, against, options))
+    contenders = []
+    for one in contracts:
+        if made_up:
+            start = rehearsable(one, _of_stage(progress, "load")).start
+        else:
+            folder = _fetch(one.spec, progress, trust_remote_code=False)
+            start = partial(start_engine, one, folder, _of_stage(progress, "load"))
+        contenders.append(Contender(plan=one.plan, start=start))
+    return run_bench(contenders, contract.spec, requests, contexts, told=told)
+
+
+def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contract:
+    """The same plan for another engine, in the format that is nearest to it."""
+    own = contract.plan
+    nearest = {"int8": "llm-int8", "fp8": "llm-int8", "int4": "nf4"}
+    other = plan(
+        own.source.path if own.source.kind != "catalog" else own.model,
+        **{
+            **options,
+            "format": nearest.get(own.format, own.format),
+            "engine": engine,
+            "kv_format": "auto",
+            "context": own.context,
+            "concurrency": own.concurrency,
+        },
+    )
+    _refuse_unexecutable(other)
+    return Contract(plan=other, spec=contract.spec, hardware=contract.hardware)
 
 
 def require_run_packages() -> None:
@@ -356,19 +376,9 @@ def require_run_packages() -> None:
             raise MissingDependencyError(package, install="pip install 'oomproof[run]'")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Contract:
-    """A plan that can be executed here and now, with what it was made from."""
-
-    plan: Plan
-    spec: ModelSpec
-    """With the headers of its checkpoint."""
-    hardware: Hardware
-
-
 def _agree(
     model: Plan | str | Path, options: Mapping[str, Any], *, needs_checkpoint: bool = True
-) -> _Contract:
+) -> Contract:
     """The plan to execute, or the reason why there is none."""
     require_run_packages()
     if isinstance(model, Plan):
@@ -388,7 +398,7 @@ def _agree(
         raise PlanMismatchError(
             (f"{agreed.source.path} is another model than the one that was planned",)
         )
-    return _Contract(plan=agreed, spec=spec, hardware=probe())
+    return Contract(plan=agreed, spec=spec, hardware=probe())
 
 
 def _refuse_unexecutable(agreed: Plan) -> None:

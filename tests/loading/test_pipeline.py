@@ -17,131 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oomproof.errors import CheckpointError, LoadError
-from oomproof.formats import DType
 from oomproof.loading.pipeline import (
     Limits,
-    LoadReport,
     Target,
     load_checkpoint,
-    load_random,
 )
-from oomproof.loading.slices import DEFAULT_LIMITS
-from oomproof.models.spec import AttentionSpec, ModelSource, ModelSpec, Role, TensorSpec
-from oomproof.units import MIB
-from tests.loading.test_sources import keep_nothing, reader_threads, write_checkpoint
-
-CPU = torch.device("cpu")
-SMALL = Limits(piece_bytes=1000, slice_bytes=3000)
-
-
-class Receiver:
-    """Targets that put slices together again, and note in which order they came."""
-
-    def __init__(
-        self, values: dict[str, torch.Tensor], *, device: torch.device = CPU, multiple: int = 1
-    ) -> None:
-        self.slices: dict[str, list[tuple[int, int]]] = {name: [] for name in values}
-        self.finished: list[str] = []
-        self.found = {n: torch.zeros_like(v, device=device) for n, v in values.items()}
-        self.targets = [self._target(name, device, multiple) for name in values]
-
-    def _target(self, name: str, device: torch.device, multiple: int) -> Target:
-        final = self.found[name]
-
-        def store(values: torch.Tensor, row: int) -> None:
-            assert name not in self.finished
-            assert (values.dtype, values.device) == (final.dtype, final.device)
-            if final.dim():
-                assert values.shape[1:] == final.shape[1:]
-                final[row : row + len(values)].copy_(values)
-                self.slices[name].append((row, len(values)))
-            else:
-                final.copy_(values)
-                self.slices[name].append((row, 1))
-
-        return Target(
-            name=name,
-            shape=tuple(final.shape),
-            device=device,
-            store=store,
-            finish=lambda: self.finished.append(name),
-            rows_multiple=multiple,
-        )
-
-    def check(self, values: dict[str, torch.Tensor]) -> None:
-        for name, expected in values.items():
-            assert same_bits(self.found[name], expected)
-        assert sorted(self.finished) == sorted(values)
-
-
-class Places:
-    """Targets whose final tensors need no conversion."""
-
-    def __init__(self, values: dict[str, torch.Tensor], *, device: torch.device = CPU) -> None:
-        self.found = {n: torch.zeros_like(v, device=device) for n, v in values.items()}
-        self.targets = [
-            Target(
-                name=name,
-                shape=tuple(place.shape),
-                device=device,
-                store=_never,
-                place=torch.nn.Parameter(place),
-            )
-            for name, place in self.found.items()
-        ]
-
-
-def _never(values: torch.Tensor, row: int) -> None:
-    pytest.fail("a tensor with a place of its dtype was stored")
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    bits = [tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (one, other)]
-    return one.shape == other.shape and one.dtype == other.dtype and bits[0].equal(bits[1])
-
-
-def mixed_values() -> dict[str, torch.Tensor]:
-    """Every type that a checkpoint of weights may have, of odd sizes."""
-    return {
-        "b16": torch.randn(331, 7).bfloat16(),
-        "f8": torch.randn(13).to(torch.float8_e4m3fn),
-        "scalar": torch.tensor(2.5),
-        "f16": torch.randn(9, 5, 3).half(),
-        "empty": torch.empty(0, 4),
-        "f64": torch.randn(21, 11, dtype=torch.float64),
-        "f8.e5": torch.randn(131, 3).to(torch.float8_e5m2),
-        "f32": torch.randn(1000),
-    }
-
-
-def tiny_spec(shapes: dict[str, tuple[tuple[int, ...], Role]]) -> ModelSpec:
-    return ModelSpec(
-        id="tiny",
-        source=ModelSource(kind="catalog", path="tiny"),
-        architecture="LlamaForCausalLM",
-        family="llama",
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        vocab_size=8,
-        max_position_embeddings=8,
-        tie_word_embeddings=False,
-        dtype=DType.BFLOAT16,
-        attention=(AttentionSpec(num_key_value_heads=1, key_head_dim=8, value_head_dim=8),),
-        tensors=tuple(
-            TensorSpec(name=name, shape=shape, role=role) for name, (shape, role) in shapes.items()
-        ),
-    )
-
-
-RANDOM_SPEC = tiny_spec(
-    {
-        "embed.weight": ((501, 33), Role.EMBEDDING),
-        "norm.weight": ((33,), Role.NORM),
-        "q.weight": ((97, 33), Role.LINEAR),
-        "q.bias": ((97,), Role.BIAS),
-    }
+from tests.loading.loads import (
+    CPU,
+    SMALL,
+    Places,
+    Receiver,
+    check_damage_is_refused,
+    keep_nothing,
+    mixed_values,
+    never_stored,
+    reader_threads,
+    same_bits,
+    write_checkpoint,
 )
 
 
@@ -201,14 +93,14 @@ def test_a_place_that_bytes_cannot_be_read_into_is_refused(
 ) -> None:
     checkpoint = write_checkpoint(tmp_path, {"a": torch.ones(6, 2)})
     place = torch.zeros(2, 6).t() if shape == (6, 2) else torch.zeros(shape)
-    target = Target(name="a", shape=(6, 2), device=CPU, store=_never, place=place)
+    target = Target(name="a", shape=(6, 2), device=CPU, store=never_stored, place=place)
     with pytest.raises(ValueError, match="place of a"):
         load_checkpoint(tmp_path, checkpoint, [target])
 
 
 def test_slices_of_no_rows_are_refused(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, {"a": torch.ones(6, 2)})
-    target = Target(name="a", shape=(6, 2), device=CPU, store=_never, rows_multiple=0)
+    target = Target(name="a", shape=(6, 2), device=CPU, store=never_stored, rows_multiple=0)
     with pytest.raises(ValueError, match="rows_multiple of a is 0, below 1"):
         load_checkpoint(tmp_path, checkpoint, [target])
 
@@ -276,12 +168,6 @@ def test_progress_is_told_20_times_a_second_at_most(tmp_path: Path) -> None:
     gaps = [after - before for before, after in pairwise(told)]
     assert len(told) >= 3
     assert min(gaps[:-1]) >= 0.05
-
-
-def test_a_load_of_nothing_is_told_of_too() -> None:
-    told: list[tuple[int, int]] = []
-    report = load_random(tiny_spec({}), [], progress=lambda *done: told.append(done))
-    assert (report.bytes, report.tensors, told) == (0, 0, [(0, 0)])
 
 
 Change = Callable[[list[Target]], list[Target]]
@@ -361,27 +247,7 @@ def test_a_tensor_that_would_be_ignored_is_loaded_where_it_has_a_target(tmp_path
 def test_a_value_that_is_not_finite_is_refused_by_tensor_and_file(
     kind: type[Receiver | Places], dtype: torch.dtype, value: float, tmp_path: Path
 ) -> None:
-    _refuses_damage(tmp_path, kind, dtype, value, CPU)
-
-
-def _refuses_damage(
-    folder: Path,
-    kind: type[Receiver | Places],
-    dtype: torch.dtype,
-    value: float,
-    device: torch.device,
-) -> None:
-    largest = torch.finfo(dtype).max
-    good = {"good": torch.tensor([largest, -largest], dtype=dtype)}
-    bad = {"damaged": torch.randn(3001).to(dtype), "later": torch.full((3,), value, dtype=dtype)}
-    bad["damaged"][3000] = value
-    checkpoint = write_checkpoint(folder, good, bad)
-    targets = kind(good | bad, device=device).targets
-    with pytest.raises(
-        CheckpointError, match=r"'damaged' holds a value that is not finite: the checkpoint is dam"
-    ) as refused:
-        load_checkpoint(folder, checkpoint, targets, limits=SMALL)
-    assert refused.value.file == str(folder / "model-00001.safetensors")
+    check_damage_is_refused(tmp_path, kind, dtype, value, CPU)
 
 
 @pytest.mark.parametrize("kind", [Receiver, Places])
@@ -440,213 +306,3 @@ def test_an_interrupt_while_the_storage_is_slow_ends_the_load(
         load_checkpoint(tmp_path, checkpoint, Receiver(values).targets, limits=SMALL, threads=2)
     assert time.monotonic() - begin < 2
     assert reader_threads() == []
-
-
-def _random(
-    seed: int = 0,
-    *,
-    kind: type[Receiver | Places] = Receiver,
-    device: torch.device = CPU,
-    limits: Limits = DEFAULT_LIMITS,
-) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    empty = {t.name: torch.empty(t.shape, dtype=torch.bfloat16) for t in RANDOM_SPEC.tensors}
-    receiver = kind(empty, device=device)
-    report = load_random(RANDOM_SPEC, receiver.targets, seed=seed, limits=limits)
-    return receiver.found, report
-
-
-def test_random_weights_are_normal_and_norms_are_one() -> None:
-    found, report = _random()
-    assert (report.tensors, report.bytes) == (4, 2 * RANDOM_SPEC.num_parameters)
-    assert found["norm.weight"].eq(1).all()
-    for name in ("embed.weight", "q.weight", "q.bias"):
-        assert float(found[name].float().std()) == pytest.approx(0.02, rel=0.15)
-        assert abs(float(found[name].float().mean())) < 0.01
-
-
-@pytest.mark.parametrize("block", [10, 1000, 4096])
-@pytest.mark.parametrize("slice_bytes", [100, 700, 5000, 10**6])
-@pytest.mark.parametrize("kind", [Receiver, Places])
-def test_random_weights_do_not_depend_on_how_they_are_cut(
-    kind: type[Receiver | Places],
-    slice_bytes: int,
-    block: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("oomproof.loading.random_weights._BLOCK", block)
-    whole, _ = _random()
-    limits = Limits(piece_bytes=slice_bytes, slice_bytes=slice_bytes)
-    cut, _ = _random(kind=kind, limits=limits)
-    assert all(same_bits(whole[name], cut[name]) for name in whole)
-
-
-def test_random_weights_are_the_same_for_a_seed_and_differ_for_another() -> None:
-    (first, _), (again, _), (other, _) = _random(1), _random(1), _random(2)
-    assert all(same_bits(first[name], again[name]) for name in first)
-    assert not same_bits(first["q.weight"], other["q.weight"])
-    assert not same_bits(first["embed.weight"][:97], first["q.weight"])
-
-
-def test_random_weights_for_other_tensors_than_the_models_are_refused() -> None:
-    with pytest.raises(LoadError, match="4 unexpected parameters: embed"):
-        load_random(RANDOM_SPEC, [])
-
-
-def _gpus(count: int = 1) -> list[torch.device]:
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} GPUs")
-    return [torch.device("cuda", index) for index in range(count)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", [Receiver, Places])
-@pytest.mark.parametrize("limits", [SMALL, Limits(piece_bytes=64, slice_bytes=64), Limits()])
-@pytest.mark.parametrize("threads", [1, 16])
-def test_values_reach_a_gpu_bit_for_bit(
-    kind: type[Receiver | Places], limits: Limits, threads: int, tmp_path: Path
-) -> None:
-    (gpu,) = _gpus()
-    shards = [mixed_values(), {"second": torch.randn(777, 31)}]
-    values = shards[0] | shards[1]
-    checkpoint = write_checkpoint(tmp_path, *shards)
-    receiver = kind(values, device=gpu)
-    told: list[tuple[int, int]] = []
-    report = load_checkpoint(
-        tmp_path,
-        checkpoint,
-        receiver.targets,
-        progress=lambda *done: told.append(done),
-        threads=threads,
-        limits=limits,
-    )
-    assert all(same_bits(receiver.found[name], expected) for name, expected in values.items())
-    assert told[-1] == (report.bytes, report.bytes)
-    if isinstance(receiver, Receiver):
-        receiver.check(values)
-
-
-@pytest.mark.gpu
-def test_a_slow_conversion_is_not_overtaken_by_the_next_slices(tmp_path: Path) -> None:
-    (gpu,) = _gpus()
-    values = {str(i): torch.randn(1000, 500) for i in range(12)}
-    found = {name: torch.zeros_like(value, device=gpu) for name, value in values.items()}
-
-    def store_to(final: torch.Tensor) -> Callable[[torch.Tensor, int], None]:
-        def store(values: torch.Tensor, row: int) -> None:
-            torch.cuda._sleep(2_000_000)
-            final[row : row + len(values)].copy_(values)
-
-        return store
-
-    targets = [
-        Target(name=name, shape=(1000, 500), device=gpu, store=store_to(final))
-        for name, final in found.items()
-    ]
-    limits = Limits(
-        piece_bytes=100_000, slice_bytes=250_000, staging_bytes=500_000, pinned_bytes=500_000
-    )
-    load_checkpoint(tmp_path, write_checkpoint(tmp_path, values), targets, limits=limits)
-    assert all(same_bits(found[name], expected) for name, expected in values.items())
-
-
-@pytest.mark.gpu
-def test_tensors_of_several_devices_are_read_in_one_pass(tmp_path: Path) -> None:
-    devices = [*_gpus(min(2, max(1, torch.cuda.device_count()))), CPU]
-    values = {f"{i:02}": torch.randn(100 + i, 33) for i in range(30)}
-    checkpoint = write_checkpoint(tmp_path, values)
-    parts = [
-        kind({n: v for n, v in values.items() if int(n) % 6 == index}, device=device)
-        for index, (kind, device) in enumerate(
-            (kind, devices[i % len(devices)]) for kind in (Receiver, Places) for i in range(3)
-        )
-    ]
-    targets = [target for part in parts for target in part.targets]
-    load_checkpoint(tmp_path, checkpoint, targets, limits=SMALL)
-    found = {name: tensor for part in parts for name, tensor in part.found.items()}
-    assert all(same_bits(found[name], expected) for name, expected in values.items())
-
-
-@pytest.mark.gpu
-def test_pinned_host_memory_is_filled_directly_and_through_a_gpu(tmp_path: Path) -> None:
-    (gpu,) = _gpus()
-    values = {name: torch.randn(700, 31).bfloat16() for name in ("direct", "through")}
-    found = {name: torch.zeros_like(value, pin_memory=True) for name, value in values.items()}
-
-    def store(values: torch.Tensor, row: int) -> None:
-        assert values.device == gpu
-        found["through"][row : row + len(values)].copy_(values, non_blocking=True)
-
-    targets = [
-        Target(name="direct", shape=(700, 31), device=CPU, store=_never, place=found["direct"]),
-        Target(name="through", shape=(700, 31), device=gpu, store=store),
-    ]
-    load_checkpoint(tmp_path, write_checkpoint(tmp_path, values), targets, limits=SMALL)
-    assert all(same_bits(found[name], expected) for name, expected in values.items())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", [Receiver, Places])
-def test_memory_on_the_way_is_bounded_and_given_back(
-    kind: type[Receiver | Places], tmp_path: Path
-) -> None:
-    (gpu,) = _gpus()
-    values = {str(i): torch.randn(8, 1 << 20) for i in range(12)}
-    checkpoint = write_checkpoint(tmp_path, values)
-    receiver = kind(values, device=gpu)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    torch.cuda.reset_peak_memory_stats()
-    limits = Limits(pinned_bytes=64 * MIB, staging_bytes=80 * MIB)
-    report = load_checkpoint(tmp_path, checkpoint, receiver.targets, limits=limits)
-    staging = report.device_staging_bytes[gpu]
-    assert staging == (64 * MIB if kind is Receiver else 0)
-    assert 0 < report.pinned_bytes <= 64 * MIB
-    assert torch.cuda.max_memory_allocated() - before <= staging + 4096
-    assert torch.cuda.memory_allocated() == before
-    assert torch.cuda.memory_reserved() <= reserved
-    assert all(same_bits(receiver.found[name], expected) for name, expected in values.items())
-
-
-@pytest.mark.gpu
-def test_staging_is_given_back_after_an_error_that_is_still_held(tmp_path: Path) -> None:
-    (gpu,) = _gpus()
-
-    def store(values: torch.Tensor, row: int) -> None:
-        if row > 100:
-            raise torch.OutOfMemoryError("full")
-
-    checkpoint = write_checkpoint(tmp_path, {"a": torch.ones(5000, 4)})
-    target = Target(name="a", shape=(5000, 4), device=gpu, store=store)
-    before = torch.cuda.memory_allocated()
-    with pytest.raises(torch.OutOfMemoryError) as held:
-        load_checkpoint(tmp_path, checkpoint, [target], limits=SMALL, threads=4)
-    assert held.value is not None
-    assert torch.cuda.memory_allocated() - before <= 512  # the flags
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("kind", [Receiver, Places])
-def test_a_value_that_is_not_finite_is_found_on_the_gpu(
-    kind: type[Receiver | Places], dtype: torch.dtype, value: float, tmp_path: Path
-) -> None:
-    _refuses_damage(tmp_path, kind, dtype, value, *_gpus())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", [Receiver, Places])
-def test_random_weights_on_a_gpu_do_not_depend_on_how_they_are_cut(
-    kind: type[Receiver | Places], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (gpu,) = _gpus()
-    monkeypatch.setattr("oomproof.loading.random_weights._BLOCK", 1000)
-    whole, report = _random(device=gpu)
-    assert 0 < report.device_staging_bytes[gpu] < MIB
-    for slice_bytes in (100, 5000):
-        limits = Limits(piece_bytes=slice_bytes, slice_bytes=slice_bytes)
-        cut, _ = _random(kind=kind, device=gpu, limits=limits)
-        assert all(same_bits(whole[name], cut[name]) for name in whole)
-    assert whole["norm.weight"].eq(1).all()
-    assert float(whole["embed.weight"].float().std()) == pytest.approx(0.02, rel=0.1)

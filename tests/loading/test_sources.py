@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from oomproof.errors import CheckpointError, LoadError
 from oomproof.loading import sources
@@ -28,8 +26,8 @@ from oomproof.loading.slices import (
 )
 from oomproof.loading.sources import Buffers, default_threads, reading
 from oomproof.loading.targets import Pair, Target, pair_with_checkpoint
-from oomproof.models.headers import read_header
-from oomproof.models.spec import CheckpointSpec, CheckpointTensor
+from oomproof.models.spec import CheckpointSpec
+from tests.loading.loads import keep_nothing, reader_threads, write_checkpoint
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -38,22 +36,6 @@ SHAPES = st.one_of(
     st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
     st.tuples(st.integers(1, 400), st.integers(1, 40)),
 )
-
-
-def keep_nothing(values: torch.Tensor, row: int) -> None:
-    """A store for plans that are never carried out."""
-
-
-def write_checkpoint(folder: Path, *shards: dict[str, torch.Tensor]) -> CheckpointSpec:
-    """Writes each dict as a shard and reads their headers."""
-    tensors: list[CheckpointTensor] = []
-    files: list[tuple[str, int]] = []
-    for index, shard in enumerate(shards):
-        path = folder / f"model-{index:05}.safetensors"
-        save_file(shard, path)
-        tensors += read_header(path)
-        files.append((path.name, path.stat().st_size))
-    return CheckpointSpec(tensors=tuple(tensors), files=tuple(files))
 
 
 def pairs_for(
@@ -80,10 +62,6 @@ def pieces_of(batches: Sequence[Batch], limits: Limits) -> list[Piece]:
 def plain_buffers(pieces: Sequence[Piece], limit: int) -> Buffers:
     size = max(piece.end_bytes - piece.begin_bytes for piece in pieces)
     return Buffers(size_bytes=size, limit=limit, pinned=False)
-
-
-def reader_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("oomproof-read")]
 
 
 def open_files() -> int:
@@ -195,6 +173,13 @@ def test_small_neighbours_share_a_batch_and_a_read_and_large_tensors_are_cut(
     batches = plan_batches(pairs_for(tmp_path, checkpoint, GPU), limits)
     assert [len(batch.slices) for batch in batches] == [10, 1, 1, 1]
     assert [len(cut_pieces(batch, limits)) for batch in batches] == [1, 2, 2, 2]
+
+
+def test_a_batch_fits_the_staging_memory_where_that_is_less_than_a_slice(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, {str(i): torch.ones(100) for i in range(10)})
+    pairs = pairs_for(tmp_path, checkpoint, GPU)
+    batches = plan_batches(pairs, Limits(slice_bytes=10_000, staging_bytes=1000))
+    assert [len(batch.slices) for batch in batches] == [2] * 5
 
 
 def test_tensors_for_different_devices_share_no_batch(tmp_path: Path) -> None:

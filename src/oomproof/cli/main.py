@@ -12,6 +12,7 @@ import sys
 import typer
 
 from oomproof import __version__
+from oomproof.cli.bench import bench
 from oomproof.cli.chat import chat
 from oomproof.cli.doctor import doctor
 from oomproof.cli.plan import plan
@@ -31,6 +32,7 @@ app.command()(plan)
 app.command()(rehearse)
 app.command()(run)
 app.command()(chat)
+app.command()(bench)
 app.command()(doctor)
 
 

@@ -97,6 +97,8 @@ TrustRemoteCode = Annotated[
 
 
 MAX_DEVICE_INDEX_DIGITS = 6
+MAX_REQUESTS = 4096
+"""As planning.request.MAX_CONCURRENCY."""
 
 
 def check_sampling(

@@ -8,9 +8,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Annotated, Any, Protocol, Self, TypeVar
+
+from pydantic import Field
 
 from oomproof.engine.messages import (
+    REPETITION_PENALTIES,
     Event,
     FinishedEvent,
     FinishReason,
@@ -19,7 +22,7 @@ from oomproof.engine.messages import (
     TokenEvent,
 )
 from oomproof.engine.protocol import Engine
-from oomproof.engine.text import IncrementalDecoder
+from oomproof.engine.text import IncrementalDecoder, StopScanner, read_stops
 from oomproof.errors import RequestError
 from oomproof.memory.terms import DeviceTerms
 from oomproof.planning.plan import Plan
@@ -42,6 +45,10 @@ class GenerationDefaults:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: (
+        Annotated[float, Field(ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])] | None
+    ) = None
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -51,6 +58,19 @@ class GenerationDefaults:
         return frozenset(
             (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one token of an answer, in the model's own distribution.
+
+    That is the log-softmax of its logits, before penalties, temperature and filters.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token, log-probability) of the most likely ones, best first."""
 
 
 class Tokenizer(Protocol):
@@ -84,16 +104,19 @@ class Stream(Iterator[str]):
     Streams of one model may be read in turns; reading one advances them all.
     """
 
-    def __init__(self, model: Model, request: Request) -> None:
+    def __init__(self, model: Model, request: Request, stops: Sequence[str] = ()) -> None:
         self._model = model
         self._request = request
         self._decoder = IncrementalDecoder(model.tokenizer.decode)
+        self._scanner = StopScanner(stops)
         self._pieces: deque[str] = deque()
         self._started = time.perf_counter()
         self.text = ""
         """The answer so far."""
         self.tokens: list[int] = []
-        """The answer's tokens so far."""
+        """The answer's tokens so far; those of a stop string are among them."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Of each of these tokens, where they were asked for."""
         self.finish_reason: FinishReason | None = None
         """Why the answer ended, None while it goes on."""
         self.first_token_s: float | None = None
@@ -115,15 +138,24 @@ class Stream(Iterator[str]):
 
     def receive(self, event: Event) -> None:
         """Takes an event of this request from the engine."""
-        if isinstance(event, TokenEvent):
+        if isinstance(event, FinishedEvent):
+            self._add(self._scanner.push(self._decoder.flush()) + self._scanner.flush())
+            self.finish_reason = "stop" if self.is_cut else event.reason
+            self.finished_s = time.perf_counter() - self._started
+        elif not self.is_cut:
             if self.first_token_s is None:
                 self.first_token_s = time.perf_counter() - self._started
             self.tokens.append(event.token)
-            self._add(self._decoder.push(event.token))
-        else:
-            self._add(self._decoder.flush())
-            self.finish_reason = event.reason
-            self.finished_s = time.perf_counter() - self._started
+            if event.logprob is not None:
+                self.logprobs.append(
+                    TokenLogprobs(token=event.token, logprob=event.logprob, top=event.top_logprobs)
+                )
+            self._add(self._scanner.push(self._decoder.push(event.token)))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a stop string came: the answer ended before it."""
+        return self._scanner.found
 
     def _add(self, piece: str) -> None:
         if piece:
@@ -167,7 +199,7 @@ class Model:
         self.tokenizer = tokenizer
         self.plan = plan
 
-    def stream(
+    def stream(  # noqa: PLR0913 - one keyword an option of the command line
         self,
         prompt: Prompt,
         *,
@@ -176,7 +208,13 @@ class Model:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
         seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: int | None = None,
     ) -> Stream:
         """Begins an answer.
 
@@ -188,11 +226,20 @@ class Model:
             top_k: Keep this many of the most likely tokens; 0 keeps all; None for the model's own.
             top_p: Keep the most likely tokens that hold this probability together; None for the
                 model's own, or 1.
+            min_p: Keep tokens at least this many times as likely as the most likely one; None for
+                the model's own, or 0.
+            repetition_penalty: Above 1 makes tokens of prompt and answer less likely; None for the
+                model's own, or 1.
+            presence_penalty: Above 0 makes tokens of the answer less likely.
+            frequency_penalty: Above 0 makes them the less likely the more often they came.
             seed: Makes the answer repeatable.
+            stop: The answer ends before the first of these strings.
+            logprobs: Gives `Stream.logprobs`, with this many of the most likely tokens each.
 
         Raises:
             RequestError: An option out of bounds, or a prompt that cannot fit.
         """
+        stops = read_stops(stop)
         tokens = self._encode(prompt, raw=raw)
         if max_new_tokens is None:
             room = self.plan.context - len(tokens)
@@ -205,12 +252,19 @@ class Model:
                 temperature=_first(temperature, self._defaults.temperature, 1.0),
                 top_k=_first(top_k, self._defaults.top_k, 0),
                 top_p=_first(top_p, self._defaults.top_p, 1.0),
+                min_p=_first(min_p, self._defaults.min_p, 0.0),
+                repetition_penalty=_first(
+                    repetition_penalty, self._defaults.repetition_penalty, 1.0
+                ),
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
                 seed=seed,
+                logprobs=logprobs,
             ),
             stop_tokens=self.tokenizer.stop_tokens,
         )
         self._engine.submit(request)
-        stream = Stream(self, request)
+        stream = Stream(self, request, stops)
         self._streams[request.id] = stream
         return stream
 
@@ -248,9 +302,12 @@ class Model:
     def advance(self) -> None:
         """One step of the engine; its events go to their streams."""
         for event in self._engine.step():
-            self._streams[event.request_id].receive(event)
+            stream = self._streams[event.request_id]
+            stream.receive(event)
             if isinstance(event, FinishedEvent):
                 del self._streams[event.request_id]
+            elif stream.is_cut:
+                self._engine.cancel(event.request_id)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; its stream finishes at the next step."""

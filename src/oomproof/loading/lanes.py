@@ -80,14 +80,14 @@ class CudaLane:
         with torch.cuda.device(device):
             self._flags = torch.zeros(tensors, dtype=torch.int32, device=device)
             self._staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=device)
-            self._copying = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._converting = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._copying = torch.cuda.Stream()
+            self._converting = torch.cuda.Stream()
             # What the caller still does to the final places, and whoever had the staging memory.
             current = torch.cuda.current_stream()
             self._copying.wait_stream(current)
             self._converting.wait_stream(current)
-            self._arrived = _event()
-            self._converted = [_event() for _ in range(slots)]
+            self._arrived = torch.cuda.Event()
+            self._converted = [torch.cuda.Event() for _ in range(slots)]
         self._slot = -1
         self._region = self._staging
 
@@ -118,10 +118,11 @@ class CudaLane:
         return _marked(self._flags)
 
     def close(self) -> None:
-        """Frees the staging memory even where the traceback of an error holds views of it."""
+        """Frees the memory even where the traceback of an error holds views of it."""
         self._copying.synchronize()
         self._converting.synchronize()
-        self._staging.untyped_storage().resize_(0)
+        for memory in (self._staging, self._flags):
+            memory.untyped_storage().resize_(0)
 
     def _next_slot(self) -> torch.Tensor:
         """A staging slot; the copying stream waits until it has been converted from."""
@@ -129,10 +130,6 @@ class CudaLane:
         self._copying.wait_event(self._converted[self._slot])
         begin = self._slot * self._slot_bytes
         return self._staging[begin : begin + self._slot_bytes]
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def place_of(one: Slice) -> torch.Tensor:

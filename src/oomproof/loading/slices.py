@@ -202,6 +202,7 @@ def plan_batches(pairs: Sequence[Pair], limits: Limits) -> list[Batch]:
     Raises:
         LoadError: As `cut_slices`.
     """
+    most_bytes = min(limits.slice_bytes, limits.staging_bytes)
     groups: list[list[Slice]] = []
     for number, pair in enumerate(pairs):
         for one in cut_slices(pair, number, limits):
@@ -209,7 +210,7 @@ def plan_batches(pairs: Sequence[Pair], limits: Limits) -> list[Batch]:
             begin = round_up(last.offset_bytes + last.size_bytes, _ALIGNMENT)
             if (
                 groups
-                and begin + one.size_bytes <= limits.slice_bytes
+                and begin + one.size_bytes <= most_bytes
                 and way_of(pair) is way_of(last.pair) is Way.STAGED
                 and pair.device == last.pair.device
             ):

@@ -45,7 +45,7 @@ class Buffer:
         event = self._events.get(stream.device)
         if event is None:
             # A thread that spins while it waits would take a core from those that read.
-            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(blocking=True)
             self._events[stream.device] = event
         event.record(stream)
         self._copied = event

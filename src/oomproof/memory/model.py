@@ -104,8 +104,7 @@ class MemoryModel:
         self._comm_bytes = 0
         if not self.profile.is_static:
             self._comm_bytes = 2 * chunk_tokens(demand.context, self.profile) * hidden_bytes
-        # Each step is recorded twice: for tokens that are drawn, and for the most likely ones.
-        graphs = 2 * len(native.graph_sizes(demand.concurrency))
+        graphs = len(native.graph_sizes(demand.concurrency))
         self._graph_bytes = graphs * self.profile.graph_bytes_per_layer
 
     def _layer_kv_bytes(self, attention: AttentionSpec) -> int:

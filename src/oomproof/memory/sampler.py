@@ -8,6 +8,8 @@ CHUNK_TOKENS = 4096
 """Entries of the vocabulary that one program looks at."""
 GROUP_TOKENS = 32
 """Entries of the vocabulary whose best score is kept, to look only where filters may cut."""
+CANDIDATES = 4096
+"""Tokens between the bounds of a filter's search that it ends on."""
 FLOAT_OPTIONS = 8
 """float32 values that a request's options take."""
 INTEGER_OPTIONS = 8
@@ -34,6 +36,7 @@ def sampler_buffers(slots: int, vocab_size: int) -> tuple[tuple[str, tuple[int, 
         ("staged_tokens", (STAGED_TOKENS,), DType.INT32),
         ("group_best", (slots, groups), DType.FLOAT32),
         ("group_list", (slots, groups), DType.INT32),
+        ("candidates", (slots, CANDIDATES), DType.INT32),
         ("chunk_values", (slots, CHUNK_VALUES, chunks), DType.FLOAT32),
         ("chunk_tokens", (slots, CHUNK_PICKS, chunks), DType.INT32),
         ("logprobs", (slots,), DType.FLOAT32),

@@ -5,7 +5,7 @@ The same functions of codes that these kernels use are inlined in the products o
 """
 
 # Triton's language is not typed.
-# ruff: noqa: ARG001, E501, N803, PLR0913, PLR0917, SIM108
+# ruff: noqa: E501, SIM108
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, import-untyped"
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from oomproof.formats import BLOCK_SIZE, ceil_div
+from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
 from oomproof.quantization import reference
 
 INT8_FACTOR = 128.0
@@ -32,7 +32,9 @@ _SCALED_ROWS = 512
 
 _SIZE = tl.constexpr(BLOCK_SIZE)
 _HALF = tl.constexpr(BLOCK_SIZE // 2)
+_NESTED_SIZE = tl.constexpr(NESTED_BLOCK_SIZE)
 _INT4_OFFSET = tl.constexpr(float(reference.INT4_OFFSET))
+_2_TO_23 = tl.constexpr(8388608.0)
 _INT8_STEP = tl.constexpr(1 / INT8_FACTOR)
 
 
@@ -189,8 +191,10 @@ def values_of(packed, table, HAS_TABLE: tl.constexpr):
     high = packed.to(tl.int32) >> 4
     low = packed.to(tl.int32) & 15
     if HAS_TABLE:
-        return tl.load(table + high), tl.load(table + low)
-    return high.to(tl.float32) - _INT4_OFFSET, low.to(tl.float32) - _INT4_OFFSET
+        values = tl.load(table + high), tl.load(table + low)
+    else:
+        values = float_of(high, _INT4_OFFSET), float_of(low, _INT4_OFFSET)
+    return values
 
 
 @triton.jit
@@ -198,20 +202,37 @@ def load_scale(scales, nested_absmax, block, inside, NESTED: tl.constexpr):
     """What is stored of the scales of blocks; apart from `absmax_of`, to be loaded ahead."""
     scale = tl.load(scales + block, mask=inside, other=0)
     if NESTED:
-        return scale, tl.load(nested_absmax + block // 256, mask=inside, other=0.0)
-    return scale, scale
+        outer = tl.load(nested_absmax + block // _NESTED_SIZE, mask=inside, other=0.0)
+    else:
+        outer = scale
+    return scale, outer
 
 
 @triton.jit
 def absmax_of(scale, outer, nested_table, offset, NESTED: tl.constexpr):
     """Scales in float32."""
     if NESTED:
-        return tl.load(nested_table + scale.to(tl.int32)) * outer + tl.load(offset)
-    return scale.to(tl.float32)
+        absmax = tl.load(nested_table + scale.to(tl.int32)) * outer + tl.load(offset)
+    else:
+        absmax = scale.to(tl.float32)
+    return absmax
+
+
+@triton.jit
+def float_of(code, OFFSET: tl.constexpr):
+    """Integers of 0 to 255, less an offset, in float32: they are put into the last bits of 2²³.
+
+    Conversions proper run at a quarter of the speed of other instructions.
+    """
+    bits = code.to(tl.int32) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - (_2_TO_23 + OFFSET)
 
 
 @triton.jit
 def half_of_e4m3(code):
-    """e4m3 bytes as float16 numbers of 1/256 of the value: both have the same layout, shifted."""
-    bits = code.to(tl.int16)
-    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    """e4m3 bytes as float16 numbers of 1/256 of the value: both have the same layout, shifted.
+
+    The sign bit of the byte is extended over two bits, of which one is the exponent's.
+    """
+    bits = code.to(tl.int8, bitcast=True).to(tl.int16) << 7
+    return (bits & -0x4080).to(tl.float16, bitcast=True)

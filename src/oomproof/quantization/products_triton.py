@@ -6,7 +6,7 @@ split into its even and odd columns, and nothing of the weight has to be interle
 """
 
 # Triton's language is not typed.
-# ruff: noqa: ARG001, E501, N803, PLR0913, PLR0917, SIM108
+# ruff: noqa: ARG001, E501
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, import-untyped"
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from oomproof.formats import BLOCK_SIZE, ceil_div
 from oomproof.quantization.dequantize_triton import (
     FourBits,
     absmax_of,
+    float_of,
     half_of_e4m3,
     load_scale,
     values_of,
@@ -28,7 +29,7 @@ from oomproof.quantization.dequantize_triton import (
 
 FEW_TOKENS = 64
 """The most tokens of a product that is computed here."""
-_PROGRAMS = 1024
+_PROGRAMS = 2048
 """Programs that keep the memory of the largest GPUs busy: several on each of 132 processors."""
 _DOT_PROGRAMS = 264
 _LEAST_STEPS = 4
@@ -36,6 +37,8 @@ _REDUCED = 1024
 
 _SIZE = tl.constexpr(BLOCK_SIZE)
 _HALF = tl.constexpr(BLOCK_SIZE // 2)
+# What makes 1/256 of a weight out of `_shifted_e4m3`; here the input is multiplied by it.
+_E4M3_SHIFT = tl.constexpr(2.0**112)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,22 +53,26 @@ class Tile:
     num_stages: int
 
 
-def tiles(tokens: int, rows: int, columns: int) -> Tile:
+def tiles(tokens: int, rows: int, columns: int, *, itemsize: int = 2) -> Tile:
     """The tile of a product with [rows, columns]; every number that decides on speed is here."""
     if tokens == 1:
-        # Few rows a program where the weight has few: splitting columns would cost a second launch.
-        fewer = max(1, min(8, rows // _PROGRAMS))
+        # One warp: nothing has to wait at a barrier. Few rows a program where the weight has few:
+        # to split columns would cost a second launch.
+        fewer = max(1, min(4, rows // _PROGRAMS))
         return Tile(
             rows=1 << (fewer.bit_length() - 1),
-            columns=1024 if columns >= 1024 else max(64, 1 << (columns - 1).bit_length()),
+            columns=min(512, max(64, 1 << (columns - 1).bit_length())),
             splits=1,
-            num_warps=4,
+            num_warps=1,
             num_stages=1,
         )
-    steps = ceil_div(columns, 128)
+    # In float32 a tile takes twice the shared memory.
+    tile_columns = 256 // itemsize
+    steps = ceil_div(columns, tile_columns)
     wanted = max(1, _DOT_PROGRAMS // ceil_div(rows, 64))
     splits = max(1, min(wanted, steps // _LEAST_STEPS))
-    return Tile(rows=64, columns=128, splits=splits, num_warps=4, num_stages=3)
+    stages = 3 if itemsize == 2 else 1
+    return Tile(rows=64, columns=tile_columns, splits=splits, num_warps=4, num_stages=stages)
 
 
 def product_4bit(
@@ -73,7 +80,7 @@ def product_4bit(
 ) -> None:
     """x [tokens, columns] with columns in whole blocks, at most FEW_TOKENS; out [tokens, rows]."""
     (tokens, columns), rows = x.shape, out.shape[1]
-    tile = tiles(tokens, rows, columns)
+    tile = tiles(tokens, rows, columns, itemsize=x.itemsize)
     tensors, flags = weight.arguments()
     groups = columns // BLOCK_SIZE
     if tokens == 1:
@@ -128,7 +135,7 @@ def product_8bit(
     The sums are multiplied by a scale a row, a scale a token and a number.
     """
     (tokens, columns), rows = x.shape, out.shape[1]
-    tile = tiles(tokens, rows, columns)
+    tile = tiles(tokens, rows, columns, itemsize=x.itemsize)
     is_fp8 = codes.dtype == torch.float8_e4m3fn
     splits, step = _splits(tile, tokens, rows, columns, scratch)
     target = out if splits == 1 else _partials(scratch, splits, tokens, rows)
@@ -190,28 +197,39 @@ def _vector_4bit(
     x, codes, scales, table, nested_absmax, nested_table, offset, out, rows, groups,
     HAS_TABLE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """One token: no tile for a matrix product to fill, so each thread sums up what it has read."""
+    """One token: no tile for a matrix product to fill, so each thread sums up what it has read.
+
+    Weights stay in float32, and their scale is applied to the sum over 16 bytes of a block, which
+    one thread reads.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    dtype = x.dtype.element_ty
-    sums = tl.zeros((ROWS, GROUPS, _HALF), tl.float32)
+    sums = tl.zeros((ROWS, GROUPS, 8), tl.float32)
     packed, scale, outer = _load_4bit(
-        codes, scales, nested_absmax, row, rows, 0, groups, groups, NESTED=NESTED, GROUPS=GROUPS
+        codes,
+        scales,
+        nested_absmax,
+        row,
+        rows,
+        0,
+        groups,
+        groups,
+        NESTED=NESTED,
+        GROUPS=GROUPS,
+        PARTS=8,
     )
     for first in range(0, groups, GROUPS):
         # What the next step needs is on its way while this one computes.
         next_packed, next_scale, next_outer = _load_4bit(
             codes, scales, nested_absmax, row, rows, first + GROUPS, groups, groups,
-            NESTED=NESTED, GROUPS=GROUPS,
+            NESTED=NESTED, GROUPS=GROUPS, PARTS=8,
         )  # fmt: skip
         column = first * _SIZE + tl.arange(0, GROUPS * _SIZE)
         pairs = tl.load(x + column, mask=column < groups * _SIZE, other=0.0)
-        even, odd = tl.split(tl.reshape(pairs, (1, GROUPS, _HALF, 2)))
-        high, low = _weights_4bit(
-            packed, scale, outer, table, nested_table, offset, dtype,
-            HAS_TABLE=HAS_TABLE, NESTED=NESTED,
-        )  # fmt: skip
-        sums += high.to(tl.float32) * even.to(tl.float32)
-        sums += low.to(tl.float32) * odd.to(tl.float32)
+        even, odd = tl.split(tl.reshape(pairs, (1, GROUPS, 8, _HALF // 8, 2)))
+        even, odd = even.to(tl.float32), odd.to(tl.float32)
+        high, low = values_of(packed, table, HAS_TABLE=HAS_TABLE)
+        absmax = absmax_of(scale, outer, nested_table, offset, NESTED=NESTED)
+        sums += tl.sum(even * high + odd * low, axis=3) * absmax[:, :, None]
         packed, scale, outer = next_packed, next_scale, next_outer
     total = tl.sum(tl.sum(sums, axis=2), axis=1)
     tl.store(out + row, total.to(out.dtype.element_ty), mask=row < rows)
@@ -232,12 +250,22 @@ def _dot_4bit(
     dtype = x.dtype.element_ty
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     packed, scale, outer = _load_4bit(
-        codes, scales, nested_absmax, row, rows, begin, end, groups, NESTED=NESTED, GROUPS=GROUPS
+        codes,
+        scales,
+        nested_absmax,
+        row,
+        rows,
+        begin,
+        end,
+        groups,
+        NESTED=NESTED,
+        GROUPS=GROUPS,
+        PARTS=1,
     )
     for first in range(begin, end, GROUPS):
         next_packed, next_scale, next_outer = _load_4bit(
             codes, scales, nested_absmax, row, rows, first + GROUPS, end, groups,
-            NESTED=NESTED, GROUPS=GROUPS,
+            NESTED=NESTED, GROUPS=GROUPS, PARTS=1,
         )  # fmt: skip
         column = first * _SIZE + tl.arange(0, GROUPS * _SIZE)
         pairs = tl.load(
@@ -261,14 +289,21 @@ def _dot_4bit(
 @triton.jit
 def _load_4bit(
     codes, scales, nested_absmax, row, rows, first, end, groups,
-    NESTED: tl.constexpr, GROUPS: tl.constexpr,
+    NESTED: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Bytes [rows, groups, 32] and what is stored of their scales, 0 outside of the weight."""
+    """Bytes [rows, groups, parts, bytes] and what is stored of their scales, 0 outside.
+
+    Bytes have four dimensions from the start, so that the table is looked up in their shape: loads
+    of one shape get one layout, and any other would send the pointers through shared memory.
+    """
     group = first + tl.arange(0, GROUPS)
     inside = (row < rows)[:, None] & (group < end)[None, :]
     block = row.to(tl.int64)[:, None] * groups + group[None, :]
-    byte = tl.arange(0, _HALF)[None, None, :]
-    packed = tl.load(codes + block[:, :, None] * _HALF + byte, mask=inside[:, :, None], other=0)
+    size: tl.constexpr = _HALF // PARTS
+    part = tl.arange(0, PARTS)[None, None, :, None] * size
+    byte = part + tl.arange(0, size)[None, None, None, :]
+    place = block[:, :, None, None] * _HALF + byte
+    packed = tl.load(codes + place, mask=inside[:, :, None, None], other=0)
     scale, outer = load_scale(scales, nested_absmax, block, inside, NESTED=NESTED)
     return packed, scale, outer
 
@@ -278,8 +313,8 @@ def _weights_4bit(
     packed, scale, outer, table, nested_table, offset, dtype: tl.constexpr,
     HAS_TABLE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Weights of even and of odd columns [rows, groups, 32]; what is outside meets zeros in x."""
-    absmax = absmax_of(scale, outer, nested_table, offset, NESTED=NESTED)[:, :, None]
+    """Weights of even and of odd columns [rows, groups, 1, 32]; what is outside meets zeros in x."""
+    absmax = absmax_of(scale, outer, nested_table, offset, NESTED=NESTED)[:, :, None, None]
     high, low = values_of(packed, table, HAS_TABLE=HAS_TABLE)
     return (high * absmax).to(dtype), (low * absmax).to(dtype)
 
@@ -298,7 +333,13 @@ def _vector_8bit(
         next_code = _load_8bit(codes, row, rows, first + COLUMNS, columns, columns, COLUMNS=COLUMNS)
         column = first + tl.arange(0, COLUMNS)
         value = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
-        sums += _weights_8bit(code, tl.float32, IS_FP8=IS_FP8) * value[None, :]
+        if IS_FP8:
+            value *= _E4M3_SHIFT
+            weight = _shifted_e4m3(code)
+        else:
+            # The sign bit, turned, adds 128.
+            weight = float_of(code.to(tl.uint8, bitcast=True) ^ 0x80, 128.0)
+        sums += weight * value[None, :]
         code = next_code
     total = tl.sum(sums, axis=1) * factor
     total *= tl.load(row_scale + row, mask=row < rows, other=0.0)
@@ -327,7 +368,10 @@ def _dot_8bit(
             mask=(token < tokens)[:, None] & (column < end)[None, :],
             other=0.0,
         )
-        weight = _weights_8bit(code, x.dtype.element_ty, IS_FP8=IS_FP8)
+        if IS_FP8:
+            weight = half_of_e4m3(code)
+        else:
+            weight = code.to(x.dtype.element_ty)
         sums = tl.dot(weight, tl.trans(value), sums, input_precision="ieee")
     sums *= factor * tl.load(row_scale + row, mask=row < rows, other=0.0)[:, None]
     if BY_TOKEN:
@@ -344,10 +388,10 @@ def _load_8bit(codes, row, rows, first, end, columns, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _weights_8bit(code, dtype: tl.constexpr, IS_FP8: tl.constexpr):
-    if IS_FP8:
-        return half_of_e4m3(code).to(dtype)
-    return code.to(dtype)
+def _shifted_e4m3(code):
+    """e4m3 bytes as float32 numbers of 2⁻¹²⁰ of the value, as in `half_of_e4m3`."""
+    bits = code.to(tl.int8, bitcast=True).to(tl.int32) << 20
+    return (bits & -0x78100000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ torch, instead of vanishing.
 """
 
 # Triton's language is not typed.
-# ruff: noqa: ARG001, E501, N803, PLR0913, PLR0917, SIM108
+# ruff: noqa: E501
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, import-untyped"
 
 from __future__ import annotations

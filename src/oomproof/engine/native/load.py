@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -120,3 +121,14 @@ def _start(plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill) -> Nativ
             device.allocate_pools()
         meter.pools_allocated()
     return NativeEngine(devices, plan, spec, meter)
+
+
+def versions() -> str:
+    """Of what the engine runs on."""
+    found = [f"torch {torch.__version__}"]
+    try:
+        found.append(f"triton {version('triton')}")
+    except PackageNotFoundError:
+        # A processor needs none.
+        pass
+    return ", ".join(found)

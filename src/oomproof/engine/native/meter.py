@@ -38,6 +38,7 @@ class NativeMeter:
     def begin(self, device: torch.device) -> None:
         """Notes what torch holds on a device before anything of the model is there."""
         if device.type == "cuda":
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(device)
             self._reserved_before[device.index] = torch.cuda.memory_reserved(device)
 

@@ -69,7 +69,8 @@ class Pipeline:
             (requests, MAX_ALTERNATIVES), dtype=torch.int32, pin_memory=on_gpu
         )
         self._host_top_logprobs = torch.zeros((requests, MAX_ALTERNATIVES), pin_memory=on_gpu)
-        self._graphs: dict[tuple[int, bool], list[torch.cuda.CUDAGraph]] = {}
+        self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
+        self._draw_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     @contextmanager
     def streams(self) -> Iterator[None]:
@@ -116,13 +117,18 @@ class Pipeline:
             [*positions, *[0] * padding],
             [*slots, *[PADDING_SLOT] * padding],
         )
-        graphs = self._graphs.get((size, greedy))
-        for number, piece in enumerate(self._pieces(size, greedy=greedy)):
+        graphs = self._graphs.get(size)
+        for number, piece in enumerate(self._pieces(size)):
             if graphs is None:
                 piece.run()
             else:
                 graphs[number].replay()
             piece.after()
+        drawing = self._draw_graphs.get((size, greedy))
+        if drawing is None:
+            self._draw(size, greedy=greedy)
+        else:
+            drawing.replay()
 
     def read(self, rows: int, *, logprobs: bool) -> Drawn:
         """What the last step drew; waits for it."""
@@ -143,7 +149,7 @@ class Pipeline:
     @property
     def graph_sizes(self) -> list[int]:
         """Rows of a decode step for which there are graphs, ascending."""
-        return sorted({rows for rows, _ in self._graphs})
+        return sorted(self._graphs)
 
     def capture(self, chunk_tokens: int) -> None:
         """Runs every kind of step once, then records decode steps as CUDA graphs.
@@ -158,67 +164,50 @@ class Pipeline:
         if not on_gpu:
             return
         with self.streams():
-            for rows in {1, min(17, chunk_tokens), min(65, chunk_tokens), chunk_tokens}:
-                self.prefill([0] * rows, 0, 0, draws=False, greedy=True)
+            # Products have kernels of their own for up to 16, 32 and 64 tokens, and for more.
+            for rows in sorted({min(rows, chunk_tokens) for rows in (1, 17, 33, 65, chunk_tokens)}):
+                self.prefill([0] * rows, 0, 0, draws=True, greedy=rows > 1)
             streams = any(device.layer_stream is not None for device in self.devices)
             for rows in graph_sizes(self._requests):
+                padding = [PADDING_SLOT] * rows
                 for greedy in (True, False):
-                    padding = [PADDING_SLOT] * rows
                     self.decode([0] * rows, [0] * rows, padding, greedy=greedy)
-                    self._wait()
-                    if not streams:
-                        self._graphs[rows, greedy] = self._record(rows, greedy=greedy)
+                self._wait()
+                if streams:
+                    continue
+                pieces = self._pieces(rows)
+                graphs = [_recorded(piece.device, piece.run) for piece in pieces]
+                for greedy in (True, False):
+                    self._draw_graphs[rows, greedy] = _recorded(
+                        self._head_device, partial(self._draw, rows, greedy=greedy)
+                    )
+                self._graphs[rows] = graphs
             self._wait()
 
-    def _record(self, rows: int, *, greedy: bool) -> list[torch.cuda.CUDAGraph]:
-        graphs = []
-        for piece in self._pieces(rows, greedy=greedy):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(piece.device.stream):
-                graph.capture_begin()
-                try:
-                    piece.run()
-                finally:
-                    graph.capture_end()
-            graphs.append(graph)
-        return graphs
-
-    def _pieces(self, rows: int, *, greedy: bool) -> list[_Piece]:
-        """A decode step of so many rows."""
+    def _pieces(self, rows: int) -> list[_Piece]:
+        """A decode step of so many rows, up to the normalised hidden states at the head."""
         followers = [*self.devices[1:], None]
-        pieces = [
+        return [
             _Piece(
                 device,
-                partial(self._run_device, device, rows, greedy=greedy),
+                partial(self._run_device, device, rows),
                 partial(self._hand_over, device, following, rows),
             )
             for device, following in zip(self.devices, followers, strict=True)
         ]
-        if self._head_device is not self._last:
-            pieces.append(
-                _Piece(
-                    self._head_device,
-                    partial(self._draw, rows, greedy=greedy),
-                    _nothing,
-                )
-            )
-        return pieces
 
-    def _run_device(self, device: NativeDevice, rows: int, *, greedy: bool) -> None:
+    def _run_device(self, device: NativeDevice, rows: int) -> None:
         if device.embedding is not None:
             device.embedding.run(rows)
         if device.layers is not None:
             device.layers.run(rows, one_request=False)
         if device.final_norm is not None:
-            normed = device.final_norm.run(0, rows)
-            if device is self._head_device:
-                self._head.receive(normed)
-                self._draw(rows, greedy=greedy)
+            device.final_norm.run(0, rows)
 
     def _hand_over(self, device: NativeDevice, following: NativeDevice | None, rows: int) -> None:
         if following is not None:
             following.arena["hidden"][:rows].copy_(device.arena["hidden"][:rows], non_blocking=True)
-        elif self._head_device is not device:
+        else:
             self._head.receive(device.arena["normed"][:rows])
 
     def _draw(self, rows: int, *, greedy: bool) -> None:
@@ -244,5 +233,13 @@ class Pipeline:
                 device.stream.synchronize()
 
 
-def _nothing() -> None:
-    """The last piece has nobody to hand its result to."""
+def _recorded(device: NativeDevice, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """What a call enqueues on a device, to be replayed."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(device.stream):
+        graph.capture_begin()
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    return graph

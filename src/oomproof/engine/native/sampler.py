@@ -53,6 +53,7 @@ class Sampler:
         self._staged_tokens = buffers["staged_tokens"]
         self._group_best = buffers["group_best"]
         self._group_list = buffers["group_list"]
+        self._candidates = buffers["candidates"]
         self._chunk_values = buffers["chunk_values"]
         self._chunk_tokens = buffers["chunk_tokens"]
         self._staging = _Staging(self._floats, self._integers, self._staged_tokens, device)
@@ -106,6 +107,7 @@ class Sampler:
             self._counts,
             self._group_best,
             self._group_list,
+            self._candidates,
             self._chunk_values,
             self._chunk_tokens,
             self.logprobs,
@@ -198,6 +200,7 @@ def _event() -> torch.cuda.Event:
         "counts",
         "group_best",
         "group_list",
+        "candidates",
         "chunk_values",
         "chunk_tokens",
         "logprobs",
@@ -214,6 +217,7 @@ def sample(  # noqa: PLR0913, PLR0917 - every tensor that a kernel may touch is 
     counts: torch.Tensor,
     group_best: torch.Tensor,  # noqa: ARG001 - scratch of the kernels
     group_list: torch.Tensor,  # noqa: ARG001
+    candidates: torch.Tensor,  # noqa: ARG001
     chunk_values: torch.Tensor,  # noqa: ARG001
     chunk_tokens: torch.Tensor,  # noqa: ARG001
     logprobs: torch.Tensor,

@@ -3,7 +3,7 @@
 Distances are not negative, so their bits, as integers, are ordered as they are: a key. A filter is
 the smallest key within which there are enough tokens, or enough of their mass. The search looks
 only at groups of tokens whose best one may be kept, which are few unless the distribution is flat,
-and ends as soon as no more than one token lies between its bounds.
+narrows its bounds until few tokens lie between them, and ends on a copy of those.
 """
 
 # Triton's language is not typed, and its constants are spelled in capitals.
@@ -21,6 +21,7 @@ import triton.language as tl
 from oomproof.engine.native import sampler
 from oomproof.engine.sampling import PROMPT_FLAG
 from oomproof.memory.sampler import (
+    CANDIDATES,
     CHUNK_TOKENS,
     CHUNK_VALUES,
     FLOAT_OPTIONS,
@@ -47,14 +48,15 @@ LIMIT = tl.constexpr(sampler.LIMIT)
 _GROUP = tl.constexpr(GROUP_TOKENS)
 _FLAG = tl.constexpr(PROMPT_FLAG)
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
-_FARTHEST = tl.constexpr(0x7F800000)
-"""The bits of infinity: the key of a token that cannot be drawn."""
-_TILE_GROUPS = tl.constexpr(64)
-_TILE = tl.constexpr(64 * GROUP_TOKENS)
-_THRESHOLDS = tl.constexpr(8)
+_FARTHEST = tl.constexpr(0x42000000)
+"""The key of 32: no noise makes up for more, so no token is drawn from farther away."""
 import os
 
-STAGES = tl.constexpr(int(os.environ.get("STAGES", "1")))
+_TILE = tl.constexpr(int(os.environ.get("TILE", "4096")))
+_CANDIDATES = tl.constexpr(CANDIDATES)
+_THRESHOLDS = tl.constexpr(8)
+_ROUGHLY = tl.constexpr(1 << 15)
+"""Keys so far apart differ by less than a hundredth of their distances."""
 
 
 class Given(NamedTuple):
@@ -77,6 +79,7 @@ class Scratch(NamedTuple):
 
     group_best: Any
     group_list: Any
+    candidates: Any
     chunk_values: Any
     chunk_tokens: Any
 
@@ -177,7 +180,7 @@ def find_limit(given, scratch, GROUPS: tl.constexpr, CHUNKS: tl.constexpr):
     counts = (top_k > 0) & (top_k < given.vocab)
     if counts | (top_p < 1):
         groups = given.chunks * CHUNK_GROUPS
-        group_list = scratch.group_list + number * groups
+        listing = (scratch.group_list + number * groups, scratch.candidates + number * _CANDIDATES)
         bests = load_chunks(scratch.group_best + number * groups, groups, GROUPS)
         best = tl.max(bests, axis=0)
         distances = distances_of(bests, best, row.inverse_temperature)
@@ -191,24 +194,24 @@ def find_limit(given, scratch, GROUPS: tl.constexpr, CHUNKS: tl.constexpr):
             need = top_p * tl.sum(tl.where(tops == float("-inf"), 0.0, parts), axis=0)
             shares = tl.exp(-distances)
         # What the best tokens of the groups make up alone, all tokens make up no farther away.
-        limit = _reach(keys_of(distances), shares, need)
-        listed = _list_groups(group_list, keys_of(distances) <= limit, GROUPS)
+        keys = keys_of(distances)
+        limit = _roughly(keys, shares, need, limit)
+        listed = _list_groups(listing, keys <= limit, GROUPS)
         if counts:
-            limit = _search(row, best, group_list, listed, limit, need, False)
+            limit = _search(row, best, listing, listed, limit, need, False)
             if top_p < 1:
-                need = top_p * _mass_within(row, best, group_list, listed, limit)
+                need = top_p * _mass_within(row, best, listing, listed, limit)
         if top_p < 1:
-            limit = _search(row, best, group_list, listed, limit, need, True)
+            limit = _search(row, best, listing, listed, limit, need, True)
     limit = tl.minimum(limit, keys_of(tl.load(row.floats + REACH)))
     tl.store(row.integers + LIMIT, limit.to(tl.int64))
 
 
 @triton.jit
-def _reach(keys, shares, need):
-    """The smallest key within which the shares sum to what is needed; the farthest if none."""
+def _roughly(keys, shares, need, high):
+    """A key, at most `high` and a little too large, within which the shares sum to the need."""
     low = tl.full((), -1, tl.int32)
-    high = tl.full((), _FARTHEST, tl.int32)
-    while high - low > 1:
+    while high - low > _ROUGHLY:
         middle = low + (high - low) // 2
         enough = tl.sum(tl.where(keys <= middle, shares, 0.0), axis=0) >= need
         high = tl.where(enough, middle, high)
@@ -217,65 +220,95 @@ def _reach(keys, shares, need):
 
 
 @triton.jit
-def _list_groups(group_list, chosen, GROUPS: tl.constexpr):
+def _list_groups(listing, chosen, GROUPS: tl.constexpr):
     """Writes the chosen groups' numbers in order; how many they are."""
     chosen = chosen.to(tl.int32)
     place = tl.cumsum(chosen, axis=0) - 1
-    tl.store(group_list + place, tl.arange(0, GROUPS), mask=chosen != 0)
+    tl.store(listing[0] + place, tl.arange(0, GROUPS), mask=chosen != 0)
     # Other threads read what this one wrote.
     tl.debug_barrier()
     return tl.sum(chosen, axis=0)
 
 
 @triton.jit
-def _tile(row, best, group_list, listed, start):
-    """Distances [_TILE] of the tokens in the listed groups from `start` on."""
-    lane = tl.arange(0, _TILE)
-    entry = start + lane // _GROUP
-    group = tl.load(group_list + entry, mask=entry < listed, other=0)
-    tokens = group * _GROUP + lane % _GROUP
-    scores = load_scores(row, tokens, (entry < listed) & (tokens < row.vocab))
+def _tile(row, best, listing, listed, start):
+    """Distances [_TILE] of the tokens in the listed groups from token `start` of them on."""
+    lane = start + tl.arange(0, _TILE)
+    inside = lane < listed * _GROUP
+    tokens = tl.load(listing[0] + lane // _GROUP, mask=inside, other=0) * _GROUP + lane % _GROUP
+    scores = load_scores(row, tokens, inside & (tokens < row.vocab))
     return distances_of(scores, best, row.inverse_temperature)
 
 
 @triton.jit
-def _mass_within(row, best, group_list, listed, limit):
+def _mass_within(row, best, listing, listed, limit):
     masses = tl.zeros((_TILE,), tl.float32)
-    for start in tl.range(0, listed, _TILE_GROUPS):
-        distances = _tile(row, best, group_list, listed, start)
+    for start in range(0, listed * _GROUP, _TILE):
+        distances = _tile(row, best, listing, listed, start)
         masses += tl.where(keys_of(distances) <= limit, tl.exp(-distances), 0.0)
     return tl.sum(masses, axis=0)
 
 
 @triton.jit
-def _search(row, best, group_list, listed, high, need, BY_MASS: tl.constexpr):
-    """The smallest key, at most `high`, within which tokens or their mass are what is needed.
-
-    Any key that keeps the same tokens does. Each round looks at _THRESHOLDS keys at once, `high`
-    being the last of them.
-    """
+def _search(row, best, listing, listed, high, need, BY_MASS: tl.constexpr):
+    """The smallest key, at most `high`, within which tokens or their mass are what is needed."""
     rank = tl.arange(0, _THRESHOLDS)
     low = tl.full((), -1, tl.int32)
-    below = tl.full((), 0, tl.int32)
-    within = tl.full((), _FARTHEST, tl.int32)
-    while (high - low > 1) & (within - below > 1):
-        step = tl.maximum((high - low) // _THRESHOLDS, 1)
-        between = tl.minimum(low + step * (rank + 1), high - 1)
-        keys = tl.where(rank == _THRESHOLDS - 1, high, between)
-        tokens = tl.zeros((_TILE, _THRESHOLDS), tl.int32)
-        mass = tl.zeros((_TILE, _THRESHOLDS), tl.float32)
-        for start in tl.range(0, listed, _TILE_GROUPS, num_stages=STAGES):
-            distances = _tile(row, best, group_list, listed, start)
-            kept = keys_of(distances)[:, None] <= keys[None, :]
-            tokens += kept.to(tl.int32)
+    below = tl.full((), 0.0, tl.float32)
+    between = (listed * _GROUP).to(tl.float32)
+    copied = tl.full((), _CANDIDATES + 1, tl.int32)
+    while (copied > _CANDIDATES) & (high - low > 1):
+        if between <= _CANDIDATES:
+            copied = _copy_between(row, best, listing, listed, low, high)
+            # Only an estimate said that they are few enough.
+            between = tl.full((), _CANDIDATES + 1, tl.float32)
+        else:
+            # The last threshold is `high`; those before are evenly spaced as distances.
+            near = tl.maximum(low, 0).to(tl.float32, bitcast=True)
+            width = high.to(tl.float32, bitcast=True) - near
+            spaced = keys_of(near + width * ((rank + 1) / _THRESHOLDS))
+            spaced = tl.minimum(tl.maximum(spaced, low + 1), high - 1)
+            keys = tl.where(rank == _THRESHOLDS - 1, high, spaced)
+            found = tl.zeros((_TILE, _THRESHOLDS), tl.float32)
+            for start in range(0, listed * _GROUP, _TILE):
+                distances = _tile(row, best, listing, listed, start)
+                share = tl.exp(-distances) if BY_MASS else tl.full((_TILE,), 1.0, tl.float32)
+                kept = keys_of(distances)[:, None] <= keys[None, :]
+                found += tl.where(kept, share[:, None], 0.0)
+            sums = tl.sum(found, axis=0)
+            enough = sums >= need
+            low = tl.max(tl.where(enough, low, keys), axis=0)
+            high = tl.min(tl.where(enough, keys, high), axis=0)
+            below = tl.maximum(below, tl.max(tl.where(enough, 0.0, sums), axis=0))
+            between = tl.min(tl.where(enough, sums, float("inf")), axis=0) - below
             if BY_MASS:
-                mass += tl.where(kept, tl.exp(-distances)[:, None], 0.0)
-        numbers = tl.sum(tokens, axis=0)
-        found = tl.sum(mass, axis=0) if BY_MASS else numbers.to(tl.float32)
-        enough = found >= need
-        raised = tl.max(tl.where(enough, low, keys), axis=0)
-        high = tl.min(tl.where(enough, keys, high), axis=0)
-        within = tl.max(tl.where(keys == high, numbers, 0), axis=0)
-        below = tl.maximum(below, tl.max(tl.where(keys == raised, numbers, 0), axis=0))
-        low = raised
+                # None of them has less mass than one at `high`.
+                between *= tl.exp(high.to(tl.float32, bitcast=True))
+    if high - low > 1:
+        lane = tl.arange(0, _CANDIDATES)
+        keys = tl.load(listing[1] + lane, mask=lane < copied, other=_FARTHEST)
+        ones = tl.full((_CANDIDATES,), 1.0, tl.float32)
+        shares = tl.exp(-keys.to(tl.float32, bitcast=True)) if BY_MASS else ones
+        shares = tl.where(lane < copied, shares, 0.0)
+        while high - low > 1:
+            step = tl.maximum((high - low) // _THRESHOLDS, 1)
+            thresholds = tl.minimum(low + step * (rank + 1), high)
+            kept = tl.where(keys[:, None] <= thresholds[None, :], shares[:, None], 0.0)
+            enough = below + tl.sum(kept, axis=0) >= need
+            low = tl.max(tl.where(enough, low, thresholds), axis=0)
+            high = tl.min(tl.where(enough, thresholds, high), axis=0)
     return high
+
+
+@triton.jit
+def _copy_between(row, best, listing, listed, low, high):
+    """Copies the keys above `low` and up to `high` as far as there is room; how many they are."""
+    copied = tl.full((), 0, tl.int32)
+    for start in range(0, listed * _GROUP, _TILE):
+        keys = keys_of(_tile(row, best, listing, listed, start))
+        chosen = ((keys > low) & (keys <= high)).to(tl.int32)
+        place = copied + tl.cumsum(chosen, axis=0) - 1
+        tl.store(listing[1] + place, keys, mask=(chosen != 0) & (place < _CANDIDATES))
+        copied += tl.sum(chosen, axis=0)
+    tl.debug_barrier()
+    return copied

@@ -52,6 +52,9 @@ _DRAWS = tl.constexpr(sampler.DRAWS)
 _TOP = tl.constexpr(MAX_ALTERNATIVES)
 _FLAG = tl.constexpr(PROMPT_FLAG)
 
+import os
+
+WARPS = int(os.environ.get("WARPS", "16"))
 # Products and sums are rounded one by one, as torch rounds them.
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -65,6 +68,7 @@ def sample(  # noqa: PLR0913, PLR0917 - those of the operator
     counts: torch.Tensor,
     group_best: torch.Tensor,
     group_list: torch.Tensor,
+    candidates: torch.Tensor,
     chunk_values: torch.Tensor,
     chunk_tokens: torch.Tensor,
     logprobs: torch.Tensor,
@@ -77,10 +81,10 @@ def sample(  # noqa: PLR0913, PLR0917 - those of the operator
     padded = {"CHUNKS": triton.next_power_of_2(chunks)}
     groups = triton.next_power_of_2(group_best.shape[1])
     given = Given(logits, logits.stride(0), vocab, chunks, slots, floats, integers, counts)
-    scratch = Scratch(group_best, group_list, chunk_values, chunk_tokens)
+    scratch = Scratch(group_best, group_list, candidates, chunk_values, chunk_tokens)
     drawn = (tokens, logprobs, top_tokens, top_logprobs)
     _measure[(rows, chunks)](given, scratch, num_warps=8, **_EXACT)
-    find_limit[(rows,)](given, scratch, GROUPS=groups, num_warps=16, **padded, **_EXACT)
+    find_limit[(rows,)](given, scratch, GROUPS=groups, num_warps=WARPS, **padded, **_EXACT)
     _draw[(rows, chunks)](given, scratch, num_warps=8, **padded, **_EXACT)
     _finish[(rows,)](given, scratch, *drawn, num_warps=8, **padded, **_EXACT)
 
@@ -96,7 +100,7 @@ def sample_greedy(
     rows, vocab = logits.shape
     chunks = chunk_values.shape[2]
     given = Given(logits, logits.stride(0), vocab, chunks, slots, None, None, None)
-    scratch = Scratch(None, None, chunk_values, chunk_tokens)
+    scratch = Scratch(None, None, None, chunk_values, chunk_tokens)
     _chunk_argmax[(rows, chunks)](given, scratch, num_warps=8)
     padded = triton.next_power_of_2(chunks)
     _row_argmax[(rows,)](given, scratch, tokens, CHUNKS=padded, num_warps=1)

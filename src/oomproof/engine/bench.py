@@ -1,0 +1,301 @@
+"""Times an engine over requests at once and context, and holds it against the machine's limits.
+
+It knows the engine's interface and nothing of weights: prompts are random tokens, tokens are drawn
+greedily. A decode figure is the median of the steps' times, a prompt's the median of its repeats.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+from oomproof.engine.limits import Limits, measure_limits
+from oomproof.engine.messages import Request, SamplingOptions
+from oomproof.engine.protocol import Engine
+from oomproof.formats import DType, get_format
+from oomproof.memory.kv_cache import KV_FORMATS
+from oomproof.memory.profiles import QUANTIZED_ROLES
+from oomproof.memory.weights import stored
+from oomproof.models.spec import ModelSpec, Role
+from oomproof.planning.plan import Plan
+from oomproof.units import MIB
+
+DECODE_TOKENS = 32
+"""Tokens of a decode figure; the first few steps are not counted."""
+_WARM_STEPS = 4
+_PREFILL_REPEATS = 3
+_SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """What is timed."""
+
+    kind: Literal["decode", "prefill"]
+    requests: int
+    context: int
+    """Tokens before the first timed one; of a prompt, its length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """One figure."""
+
+    point: Point
+    tokens_per_second: float
+    """All requests together."""
+    limit: float | None = None
+    """What the machine's measured bandwidth or arithmetic allows, None where it is not known."""
+
+    @property
+    def share(self) -> float | None:
+        """Of the limit."""
+        return None if self.limit is None else self.tokens_per_second / self.limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineTimings:
+    """One engine's figures."""
+
+    engine: str
+    format: str
+    kv_format: str
+    load_s: float
+    load_bytes_per_s: float
+    """Of the checkpoint's bytes; of weights that were made up, bytes made."""
+    timings: tuple[Timing, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        plain = asdict(self)
+        for timing, values in zip(self.timings, plain["timings"], strict=True):
+            values["share"] = timing.share
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchReport:
+    """Engines on one machine, one after the other in one process."""
+
+    model: str
+    devices: tuple[str, ...]
+    limits: Limits
+    """Measured beside the first engine's weights."""
+    engines: tuple[EngineTimings, ...]
+
+    def ratio(self, point: Point) -> float | None:
+        """Our speed over the peer's at a point; None where there is no peer."""
+        speeds = [
+            timing.tokens_per_second
+            for engine in self.engines
+            for timing in engine.timings
+            if timing.point == point
+        ]
+        return speeds[0] / speeds[1] if len(speeds) > 1 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for `bench --json`."""
+        return {
+            "model": self.model,
+            "devices": list(self.devices),
+            "limits": asdict(self.limits),
+            "engines": [engine.as_dict() for engine in self.engines],
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """An engine that is to be timed."""
+
+    plan: Plan
+    start: Callable[[], Engine]
+
+
+def run_bench(
+    contenders: Sequence[Contender],
+    spec: ModelSpec,
+    requests: Sequence[int],
+    contexts: Sequence[int],
+    told: Callable[[str, Timing], None] | None = None,
+) -> BenchReport:
+    """Times each engine at the same points; one is closed before the next begins.
+
+    Args:
+        contenders: Ours first.
+        spec: Their model.
+        requests: Requests at once.
+        contexts: Tokens of context.
+        told: Told of each figure, with the engine's name.
+    """
+    first = contenders[0].plan
+    points = points_of(first, requests, contexts)
+    used = first.devices_in_use
+    device = torch.device(*(("cuda", used[0].index) if used[0].kind == "cuda" else ("cpu",)))
+    spare = min(planned.usable_bytes - planned.peak_bytes for planned in used)
+    limits = measure_limits(device, max(256 * MIB, spare))
+    engines = []
+    for contender in contenders:
+        name = contender.plan.engine
+        started = time.perf_counter()
+        engine = contender.start()
+        load_s = time.perf_counter() - started
+        try:
+            timings = time_points(engine, spec.vocab_size, points, partial(_tell, told, name))
+        finally:
+            engine.close()
+        costs = Costs.of(spec, contender.plan)
+        engines.append(
+            EngineTimings(
+                engine=name,
+                format=contender.plan.format,
+                kv_format=contender.plan.kv_format,
+                load_s=load_s,
+                load_bytes_per_s=spec.num_parameters * spec.dtype.itemsize / load_s,
+                timings=tuple(
+                    replace(timing, limit=costs.limit(timing.point, limits)) for timing in timings
+                ),
+            )
+        )
+    return BenchReport(
+        model=first.model,
+        devices=tuple(planned.name for planned in used),
+        limits=limits,
+        engines=tuple(engines),
+    )
+
+
+def _tell(told: Callable[[str, Timing], None] | None, engine: str, timing: Timing) -> None:
+    if told is not None:
+        told(engine, timing)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """What a step of a model must read or compute at least."""
+
+    weight_bytes: int
+    """Read once a decode step."""
+    kv_bytes_per_token: int
+    """Read once a decode step for each token of each request."""
+    flops_per_token: int
+    """Of a prompt, attention aside."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec, plan: Plan) -> Costs:
+        """The costs of a plan: layers and head; one row of the embedding is nothing."""
+        weight_format, compute = get_format(plan.format), DType(plan.compute_dtype)
+        roles = QUANTIZED_ROLES[plan.engine]
+        read = [
+            tensor
+            for tensor in spec.tensors
+            if spec.tie_word_embeddings or tensor.role is not Role.EMBEDDING
+        ]
+        itemsize = KV_FORMATS[plan.kv_format].itemsize
+        return cls(
+            weight_bytes=sum(
+                stored(tensor, weight_format, compute, roles).stored_bytes for tensor in read
+            ),
+            kv_bytes_per_token=sum(
+                layer.num_key_value_heads * (layer.key_head_dim + layer.value_head_dim) * itemsize
+                for layer in spec.attention
+            ),
+            flops_per_token=2 * sum(tensor.numel for tensor in read if tensor.role is Role.LINEAR),
+        )
+
+    def limit(self, point: Point, limits: Limits) -> float:
+        """Tokens a second that the machine allows at a point."""
+        if point.kind == "prefill":
+            return limits.matmul_flops_per_s / self.flops_per_token
+        tokens = point.requests * (point.context + DECODE_TOKENS / 2)
+        read = self.weight_bytes + tokens * self.kv_bytes_per_token
+        return point.requests * limits.read_bytes_per_s / read
+
+
+def points_of(plan: Plan, requests: Sequence[int], contexts: Sequence[int]) -> list[Point]:
+    """What a plan has room for: prompts of each context, and decoding of each pair.
+
+    Args:
+        plan: Its context and concurrency are the bounds.
+        requests: Requests at once to try.
+        contexts: Tokens of context to try.
+    """
+    room = plan.context - DECODE_TOKENS
+    lengths = sorted({min(length, room) for length in contexts if min(length, room) > 0})
+    found = [Point(kind="prefill", requests=1, context=length) for length in lengths]
+    found += [
+        Point(kind="decode", requests=count, context=length)
+        for length in lengths
+        for count in sorted({min(count, plan.concurrency) for count in requests})
+    ]
+    return found
+
+
+def time_points(
+    engine: Engine,
+    vocab_size: int,
+    points: Sequence[Point],
+    told: Callable[[Timing], None] | None = None,
+) -> list[Timing]:
+    """Times every point.
+
+    Args:
+        engine: Loaded and idle.
+        vocab_size: Prompts are random tokens below it.
+        points: Within what the engine has room for.
+        told: Told of each figure.
+    """
+    chooser = random.Random(_SEED)  # noqa: S311 - prompts, not secrets
+    timings = []
+    for point in points:
+        time_one = _time_decode if point.kind == "decode" else _time_prefill
+        timing = Timing(point=point, tokens_per_second=time_one(engine, chooser, vocab_size, point))
+        timings.append(timing)
+        if told is not None:
+            told(timing)
+    return timings
+
+
+def _time_decode(engine: Engine, chooser: random.Random, vocab_size: int, point: Point) -> float:
+    _submit(engine, chooser, vocab_size, point, DECODE_TOKENS)
+    begun: set[str] = set()
+    while len(begun) < point.requests:
+        begun |= {event.request_id for event in engine.step()}
+    times = []
+    while not engine.idle:
+        started = time.perf_counter()
+        events = engine.step()
+        if len(events) == point.requests:
+            times.append(time.perf_counter() - started)
+    return point.requests / median(times[_WARM_STEPS:] or times)
+
+
+def _time_prefill(engine: Engine, chooser: random.Random, vocab_size: int, point: Point) -> float:
+    times = []
+    for _ in range(1 + _PREFILL_REPEATS):
+        _submit(engine, chooser, vocab_size, point, 1)
+        started = time.perf_counter()
+        while not engine.idle:
+            engine.step()
+        times.append(time.perf_counter() - started)
+    return point.requests * point.context / median(times[1:])
+
+
+def _submit(
+    engine: Engine, chooser: random.Random, vocab_size: int, point: Point, new_tokens: int
+) -> None:
+    for number in range(point.requests):
+        engine.submit(
+            Request(
+                id=f"bench-{number}",
+                prompt_tokens=tuple(chooser.randrange(vocab_size) for _ in range(point.context)),
+                max_new_tokens=new_tokens,
+                sampling=SamplingOptions(temperature=0),
+            )
+        )

@@ -1,0 +1,86 @@
+"""From an agreed plan to a running engine: the one place that knows both of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oomproof.hardware.spec import Hardware
+from oomproof.models.spec import ModelSpec
+from oomproof.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from oomproof.engine.protocol import Engine
+    from oomproof.engine.rehearse import Rehearsable
+
+Loaded = Callable[[int, int], None]
+"""Called with (bytes loaded, bytes in all)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contract:
+    """A plan that can be executed here and now, with what it was made from."""
+
+    plan: Plan
+    spec: ModelSpec
+    """With the headers of its checkpoint."""
+    hardware: Hardware
+
+
+def start_engine(
+    contract: Contract,
+    folder: Path,
+    progress: Loaded | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Engine:
+    """The engine that the plan names, with the checkpoint's weights.
+
+    Raises:
+        LoadError: The checkpoint does not give what the plan promises.
+        PlanDoesNotFitError: A device has less free memory now than the plan needs.
+    """
+    from oomproof.loading.devices import prepare_devices
+
+    plan, spec, hardware = contract.plan, contract.spec, contract.hardware
+    prepare_devices(plan, hardware)
+    if plan.engine == "native":
+        from oomproof.engine.native.load import load_engine
+
+        return load_engine(plan, spec, hardware, folder, progress=progress)
+    from oomproof.compat.engine import TransformersEngine
+    from oomproof.compat.measure import MemoryMeter
+    from oomproof.compat.model import import_libraries, load_model
+
+    import_libraries(plan, spec)
+    meter = MemoryMeter(plan, hardware)
+    loaded = load_model(plan, spec, folder, progress=progress, trust_remote_code=trust_remote_code)
+    return TransformersEngine(loaded, plan, spec, meter)
+
+
+def rehearsable(contract: Contract, progress: Loaded | None = None) -> Rehearsable:
+    """The engine that the plan names, to be started with random weights.
+
+    Raises:
+        PlanDoesNotFitError: A device has less free memory now than the plan needs.
+    """
+    from oomproof.engine.rehearse import Rehearsable
+    from oomproof.loading.devices import prepare_devices
+
+    plan, spec, hardware = contract.plan, contract.spec, contract.hardware
+    prepare_devices(plan, hardware)
+    if plan.engine == "native":
+        from oomproof.engine.native.load import load_random_engine, versions
+        from oomproof.engine.native.meter import NativeMeter
+
+        meter = NativeMeter(hardware)
+        return Rehearsable(
+            start=lambda: load_random_engine(plan, spec, meter, progress=progress),
+            measured=meter.terms,
+            versions=versions(),
+        )
+    from oomproof.compat.rehearse import rehearsable as with_transformers
+
+    return with_transformers(plan, spec, hardware, progress)
