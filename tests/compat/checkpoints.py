@@ -94,11 +94,12 @@ def random_checkpoint(
     folder: Path,
     family: str = "llama",
     edit: Callable[[Tensors], object] | None = None,
+    std: float = 0.15,
     **fields: Any,
 ) -> Path:
     """Writes a checkpoint of that family with the bundled tokenizer.
 
-    Weights are large enough that answers vary; `edit` may change the tensors before they are
+    Weights are large enough that answers vary, with a `std` of 0.02 as models begin with; `edit` may change the tensors before they are
     written.
     """
     config_class, own = FAMILIES[family]
@@ -110,7 +111,7 @@ def random_checkpoint(
             if name.endswith("norm.weight"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "embed" not in name:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=std)
     model.save_pretrained(folder)
     if edit is not None:
         edit_tensors(folder, edit)

@@ -24,7 +24,12 @@ def chat(
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
+    stop: options.Stop = None,
     format: options.Format = "auto",
     kv_format: options.KVFormat = "auto",
     context: options.Context = None,
@@ -47,11 +52,16 @@ def chat(
         say,
     )
 
-    options.check_sampling(
+    sampling = options.check_sampling(
         max_new_tokens=max_new_tokens,
+        stop=stop,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
     )
     session.require_run_packages()
@@ -93,15 +103,7 @@ def chat(
                     say(f"no command {command.split()[0]}; /help lists them")
                 case text:
                     history.append({"role": "user", "content": text})
-                    _answer(
-                        loaded,
-                        history,
-                        max_new_tokens=max_new_tokens,
-                        temperature=temperature,
-                        top_k=top_k,
-                        top_p=top_p,
-                        seed=seed,
-                    )
+                    _answer(loaded, history, **sampling)
 
 
 def _read_line() -> str | None:

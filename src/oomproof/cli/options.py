@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from oomproof.engine.messages import SamplingOptions, check_max_new_tokens
+from oomproof.engine.text import read_stops
 from oomproof.errors import InputError
 
 Model = Annotated[
@@ -89,7 +90,34 @@ TopP = Annotated[
     float | None,
     typer.Option("--top-p", help="Draw from the most likely that hold this probability."),
 ]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", help="Drop tokens less likely than this share of the most likely one."),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        help="Above 1 makes tokens of prompt and answer less likely. [default: the model's own, "
+        "or 1]",
+        show_default=False,
+    ),
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option("--presence-penalty", help="Above 0 makes tokens of the answer less likely."),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--frequency-penalty", help="Above 0 makes them the less likely the more often they came."
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes the answer repeatable.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End the answer before this text. Repeat for more."),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let transformers run code the model ships."),
@@ -102,22 +130,26 @@ MAX_REQUESTS = 4096
 
 
 def check_sampling(
-    *,
-    max_new_tokens: int | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-) -> None:
+    *, max_new_tokens: int | None, stop: list[str] | None, **sampling: float | None
+) -> dict[str, Any]:
     """Refuses options of an answer that are out of bounds, before anything is loaded.
+
+    Args:
+        max_new_tokens: As the command line gave it.
+        stop: Stop strings.
+        sampling: Fields of SamplingOptions; None where not given.
+
+    Returns:
+        Those that were given, for `Model.stream`.
 
     Raises:
         RequestError: One of them is.
     """
+    given = {name: value for name, value in sampling.items() if value is not None}
+    SamplingOptions(**given)  # type: ignore[arg-type]
     if max_new_tokens is not None:
         check_max_new_tokens(max_new_tokens)
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    SamplingOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    return {**given, "max_new_tokens": max_new_tokens, "stop": read_stops(stop)}
 
 
 def parse_max_memory(

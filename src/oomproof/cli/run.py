@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json as json_format
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from oomproof.cli import options
 from oomproof.errors import RequestError
+
+if TYPE_CHECKING:
+    from oomproof.engine.model import Model, Stream
 
 PromptArgument = Annotated[
     str | None,
@@ -19,6 +23,15 @@ Raw = Annotated[
 ]
 Memory = Annotated[
     bool, typer.Option("--memory", help="Print predicted against measured memory at the end.")
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        "--logprobs",
+        help="With --json: log-probabilities of each token and of the N most likely beside it.",
+        metavar="N",
+        show_default=False,
+    ),
 ]
 
 
@@ -31,7 +44,13 @@ def run(
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
+    stop: options.Stop = None,
+    logprobs: Logprobs = None,
     format: options.Format = "auto",
     kv_format: options.KVFormat = "auto",
     context: options.Context = None,
@@ -57,13 +76,21 @@ def run(
 
     text = _read_prompt(prompt)
     # Wrong options are told before anything is loaded.
-    options.check_sampling(
+    sampling = options.check_sampling(
         max_new_tokens=max_new_tokens,
+        stop=stop,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
+        logprobs=logprobs,
     )
+    if logprobs is not None and not json:
+        raise RequestError("--logprobs prints nothing without --json", remedy="add --json")
     session.require_run_packages()
     made = session.plan(
         model,
@@ -82,15 +109,7 @@ def run(
     with loading_progress() as progress:
         loaded = session.load(made, progress=progress, trust_remote_code=trust_remote_code)
     with loaded:
-        stream = loaded.stream(
-            text,
-            raw=raw,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        stream = loaded.stream(text, raw=raw, **sampling)
         try:
             for piece in stream:
                 if not json:
@@ -98,12 +117,30 @@ def run(
         except KeyboardInterrupt:
             stream.cancel()
         if json:
-            typer.echo(answer_as_json(loaded, stream))
+            answer = answer_as_json(loaded, stream)
+            typer.echo(answer if logprobs is None else _with_logprobs(answer, loaded, stream))
         else:
             typer.echo()
             print_speed(stream)
         if memory:
             print_memory(made, loaded.measured_terms())
+
+
+def _with_logprobs(answer: str, loaded: Model, stream: Stream) -> str:
+    """The JSON of an answer with the log-probabilities of its tokens."""
+
+    def entry(token: int, logprob: float) -> dict[str, object]:
+        return {
+            "token": token,
+            "text": loaded.tokenizer.decode([token]),
+            "logprob": logprob,
+        }
+
+    tokens = [
+        {**entry(one.token, one.logprob), "top": [entry(*other) for other in one.top]}
+        for one in stream.logprobs
+    ]
+    return json_format.dumps({**json_format.loads(answer), "logprobs": tokens}, indent=2)
 
 
 def _read_prompt(prompt: str | None) -> str:

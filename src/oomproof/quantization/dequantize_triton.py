@@ -123,8 +123,9 @@ def _whole_blocks(
     scale = absmax_of(scale, outer, nested_table, offset, NESTED=NESTED)[:, None]
     byte = tl.arange(0, _HALF)[None, :]
     packed = tl.load(codes + block[:, None] * _HALF + byte, mask=inside[:, None], other=0)
-    high, low = values_of(packed, table, HAS_TABLE=HAS_TABLE)
-    pairs = tl.join((high * scale).to(out.dtype.element_ty), (low * scale).to(out.dtype.element_ty))
+    high = value_of(packed.to(tl.int32) >> 4, table, HAS_TABLE=HAS_TABLE) * scale
+    low = value_of(packed.to(tl.int32) & 15, table, HAS_TABLE=HAS_TABLE) * scale
+    pairs = tl.join(high.to(out.dtype.element_ty), low.to(out.dtype.element_ty))
     element = local[:, None] * _SIZE + tl.arange(0, _SIZE)[None, :]
     tl.store(out + element, tl.reshape(pairs, (BLOCKS, _SIZE)), mask=inside[:, None])
 
@@ -140,15 +141,15 @@ def _any_shape(
     column = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = column < columns
     element = row * columns + column
-    packed = tl.load(codes + element // 2, mask=inside, other=0)
-    high, low = values_of(packed, table, HAS_TABLE=HAS_TABLE)
+    packed = tl.load(codes + element // 2, mask=inside, other=0).to(tl.int32)
+    code = tl.where(element % 2 == 0, packed >> 4, packed & 15)
     if HAS_TABLE:
         block = element // _SIZE
     else:
         block = row * tl.cdiv(columns, _SIZE) + column // _SIZE
     scale, outer = load_scale(scales, nested_absmax, block, inside, NESTED=NESTED)
     scale = absmax_of(scale, outer, nested_table, offset, NESTED=NESTED)
-    value = tl.where(element % 2 == 0, high, low) * scale
+    value = value_of(code, table, HAS_TABLE=HAS_TABLE) * scale
     tl.store(out + local_row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -181,20 +182,18 @@ def _scale(
 
 
 @triton.jit
-def values_of(packed, table, HAS_TABLE: tl.constexpr):
-    """Two values a byte, in float32, before their scale: (even columns, odd columns).
+def value_of(code, table, HAS_TABLE: tl.constexpr):
+    """The values of codes in float32, before their scale.
 
     The table's 64 bytes are read from global memory for each code: they stay in L1, where one line
     serves a whole warp at once. A chain of selections would cost more instructions than all the
     rest, and `tl.gather` a barrier in every step.
     """
-    high = packed.to(tl.int32) >> 4
-    low = packed.to(tl.int32) & 15
     if HAS_TABLE:
-        values = tl.load(table + high), tl.load(table + low)
+        value = tl.load(table + code)
     else:
-        values = float_of(high, _INT4_OFFSET), float_of(low, _INT4_OFFSET)
-    return values
+        value = float_of(code, _INT4_OFFSET)
+    return value
 
 
 @triton.jit

@@ -444,8 +444,10 @@ def _attend_chunk(
 @triton.jit
 def _loaded(pool, at, inside, dtype: tl.constexpr, FLOAT8: tl.constexpr):
     if FLOAT8:
-        return _from_e4m3(tl.load(pool + at, mask=inside, other=0)).to(dtype)
-    return tl.load(pool + at, mask=inside, other=0.0)
+        values = _from_e4m3(tl.load(pool + at, mask=inside, other=0)).to(dtype)
+    else:
+        values = tl.load(pool + at, mask=inside, other=0.0)
+    return values
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 Distances are not negative, so their bits, as integers, are ordered as they are: a key. A filter is
 the smallest key within which there are enough tokens, or enough of their mass. The search looks
 only at groups of tokens whose best one may be kept, which are few unless the distribution is flat,
-narrows its bounds until few tokens lie between them, and ends on a copy of those.
+narrows its bounds until few tokens lie between them, and compares those with each other.
 """
 
 # Triton's language is not typed, and its constants are spelled in capitals.
@@ -52,9 +52,10 @@ _FARTHEST = tl.constexpr(0x42000000)
 """The key of 32: no noise makes up for more, so no token is drawn from farther away."""
 import os
 
-_TILE = tl.constexpr(int(os.environ.get("TILE", "4096")))
+_TILE = tl.constexpr(int(os.environ.get("TILE", "2048")))
 _CANDIDATES = tl.constexpr(CANDIDATES)
 _THRESHOLDS = tl.constexpr(8)
+_AT_ONCE = tl.constexpr(16)
 _ROUGHLY = tl.constexpr(1 << 15)
 """Keys so far apart differ by less than a hundredth of their distances."""
 
@@ -158,10 +159,10 @@ def weights_of(values, largest, scale):
 
 
 @triton.jit
-def load_chunks(values, chunks, CHUNKS: tl.constexpr):
-    """One value of each chunk; -inf for what fills up the power of two."""
+def load_chunks(values, chunks, other, CHUNKS: tl.constexpr):
+    """One value of each chunk, and what fills up the power of two."""
     chunk = tl.arange(0, CHUNKS)
-    return tl.load(values + chunk, mask=chunk < chunks, other=float("-inf"))
+    return tl.load(values + chunk, mask=chunk < chunks, other=other)
 
 
 @triton.jit
@@ -181,17 +182,16 @@ def find_limit(given, scratch, GROUPS: tl.constexpr, CHUNKS: tl.constexpr):
     if counts | (top_p < 1):
         groups = given.chunks * CHUNK_GROUPS
         listing = (scratch.group_list + number * groups, scratch.candidates + number * _CANDIDATES)
-        bests = load_chunks(scratch.group_best + number * groups, groups, GROUPS)
+        bests = load_chunks(scratch.group_best + number * groups, groups, float("-inf"), GROUPS)
         best = tl.max(bests, axis=0)
         distances = distances_of(bests, best, row.inverse_temperature)
         need = top_k.to(tl.float32)
         shares = tl.full((GROUPS,), 1.0, tl.float32)
         if not counts:
             values = scratch.chunk_values + number * VALUES * given.chunks
-            tops = load_chunks(values + BEST * given.chunks, given.chunks, CHUNKS)
-            mass = load_chunks(values + MASS * given.chunks, given.chunks, CHUNKS)
-            parts = mass * weights_of(tops, best, row.inverse_temperature)
-            need = top_p * tl.sum(tl.where(tops == float("-inf"), 0.0, parts), axis=0)
+            tops = load_chunks(values + BEST * given.chunks, given.chunks, float("-inf"), CHUNKS)
+            mass = load_chunks(values + MASS * given.chunks, given.chunks, 0.0, CHUNKS)
+            need = top_p * tl.sum(mass * weights_of(tops, best, row.inverse_temperature), axis=0)
             shares = tl.exp(-distances)
         # What the best tokens of the groups make up alone, all tokens make up no farther away.
         keys = keys_of(distances)
@@ -255,12 +255,12 @@ def _search(row, best, listing, listed, high, need, BY_MASS: tl.constexpr):
     rank = tl.arange(0, _THRESHOLDS)
     low = tl.full((), -1, tl.int32)
     below = tl.full((), 0.0, tl.float32)
-    between = (listed * _GROUP).to(tl.float32)
+    # Often the groups alone said enough: at first, few tokens are hoped for.
+    between = tl.full((), 0.0, tl.float32)
     copied = tl.full((), _CANDIDATES + 1, tl.int32)
     while (copied > _CANDIDATES) & (high - low > 1):
         if between <= _CANDIDATES:
             copied = _copy_between(row, best, listing, listed, low, high)
-            # Only an estimate said that they are few enough.
             between = tl.full((), _CANDIDATES + 1, tl.float32)
         else:
             # The last threshold is `high`; those before are evenly spaced as distances.
@@ -272,9 +272,8 @@ def _search(row, best, listing, listed, high, need, BY_MASS: tl.constexpr):
             found = tl.zeros((_TILE, _THRESHOLDS), tl.float32)
             for start in range(0, listed * _GROUP, _TILE):
                 distances = _tile(row, best, listing, listed, start)
-                share = tl.exp(-distances) if BY_MASS else tl.full((_TILE,), 1.0, tl.float32)
                 kept = keys_of(distances)[:, None] <= keys[None, :]
-                found += tl.where(kept, share[:, None], 0.0)
+                found += tl.where(kept, _share(distances, BY_MASS)[:, None], 0.0)
             sums = tl.sum(found, axis=0)
             enough = sums >= need
             low = tl.max(tl.where(enough, low, keys), axis=0)
@@ -287,17 +286,22 @@ def _search(row, best, listing, listed, high, need, BY_MASS: tl.constexpr):
     if high - low > 1:
         lane = tl.arange(0, _CANDIDATES)
         keys = tl.load(listing[1] + lane, mask=lane < copied, other=_FARTHEST)
-        ones = tl.full((_CANDIDATES,), 1.0, tl.float32)
-        shares = tl.exp(-keys.to(tl.float32, bitcast=True)) if BY_MASS else ones
-        shares = tl.where(lane < copied, shares, 0.0)
-        while high - low > 1:
-            step = tl.maximum((high - low) // _THRESHOLDS, 1)
-            thresholds = tl.minimum(low + step * (rank + 1), high)
-            kept = tl.where(keys[:, None] <= thresholds[None, :], shares[:, None], 0.0)
-            enough = below + tl.sum(kept, axis=0) >= need
-            low = tl.max(tl.where(enough, low, thresholds), axis=0)
-            high = tl.min(tl.where(enough, thresholds, high), axis=0)
+        found = tl.zeros((_CANDIDATES, _AT_ONCE), tl.float32)
+        for start in range(0, copied, _AT_ONCE):
+            other = start + tl.arange(0, _AT_ONCE)
+            inside = other < copied
+            others = tl.load(listing[1] + other, mask=inside, other=_FARTHEST)
+            share = _share(others.to(tl.float32, bitcast=True), BY_MASS)
+            share = tl.where(inside, share, 0.0)
+            found += tl.where(others[None, :] <= keys[:, None], share[None, :], 0.0)
+        enough = (below + tl.sum(found, axis=1) >= need) & (lane < copied)
+        high = tl.min(tl.where(enough, keys, high), axis=0)
     return high
+
+
+@triton.jit
+def _share(distances, BY_MASS: tl.constexpr):
+    return tl.exp(-distances) if BY_MASS else tl.full(distances.shape, 1.0, tl.float32)
 
 
 @triton.jit

@@ -164,7 +164,7 @@ def _draw(given, scratch, CHUNKS: tl.constexpr):
         return
     chunks = given.chunks
     bests = scratch.chunk_values + (number * VALUES + BEST) * chunks
-    best = tl.max(load_chunks(bests, chunks, CHUNKS), axis=0)
+    best = tl.max(load_chunks(bests, chunks, float("-inf"), CHUNKS), axis=0)
     nearest = distances_of(tl.load(bests + chunk), best, row.inverse_temperature)
     limit = tl.load(row.integers + LIMIT).to(tl.int32)
     if keys_of(nearest) <= limit:
@@ -211,11 +211,12 @@ def _finish(given, scratch, tokens, logprobs, top_tokens, top_logprobs, CHUNKS: 
     alternatives = tl.load(row.integers + _ALTERNATIVES).to(tl.int32)
     if alternatives >= 0:
         values = scratch.chunk_values + number * VALUES * given.chunks
-        logits = load_chunks(values + LARGEST_LOGIT * given.chunks, given.chunks, CHUNKS)
-        mass = load_chunks(values + LOGIT_MASS * given.chunks, given.chunks, CHUNKS)
+        logits = load_chunks(
+            values + LARGEST_LOGIT * given.chunks, given.chunks, float("-inf"), CHUNKS
+        )
+        mass = load_chunks(values + LOGIT_MASS * given.chunks, given.chunks, 0.0, CHUNKS)
         largest = tl.max(logits, axis=0)
-        parts = tl.where(logits == float("-inf"), 0.0, mass * weights_of(logits, largest, 1.0))
-        total = largest + tl.log(tl.sum(parts, axis=0))
+        total = largest + tl.log(tl.sum(mass * weights_of(logits, largest, 1.0), axis=0))
         tl.store(logprobs + number, load_logits(row.logits, token, True) - total)
         top_tokens += number * _TOP
         top_logprobs += number * _TOP
@@ -253,7 +254,7 @@ def _list_likely(  # noqa: PLR0913, PLR0917 - it is a part of _finish
 def _winner(scratch, number, chunks, CHUNKS: tl.constexpr):
     """The token of the chunk with the largest value, the first of equals."""
     values = scratch.chunk_values + (number * VALUES + DRAWN) * chunks
-    place = tl.argmax(load_chunks(values, chunks, CHUNKS), axis=0)
+    place = tl.argmax(load_chunks(values, chunks, float("-inf"), CHUNKS), axis=0)
     return tl.load(scratch.chunk_tokens + (number * _PICKS + _DRAWN_TOKEN) * chunks + place)
 
 
