@@ -23,12 +23,15 @@ from pathlib import Path
 
 def load_ours(folder: Path, format_name: str, context: int) -> dict[str, object]:
     """One load by oomproof in this process."""
+    began = time.perf_counter()
     import torch
     import transformers
 
     import oomproof
-    from oomproof.engine.native import load as _native_load  # noqa: F401 - imports are not loading
+    from oomproof.compat import tokenizer as _tokenizer  # noqa: F401 - imports are not loading
+    from oomproof.engine.native import load as _native_load  # noqa: F401
 
+    import_s = time.perf_counter() - began
     plan = oomproof.plan(folder, format=format_name, context=context)
     _make_context()
     before = _peak_rss()
@@ -41,6 +44,7 @@ def load_ours(folder: Path, format_name: str, context: int) -> dict[str, object]
     first_token_s = time.perf_counter() - started
     return {
         "engine": plan.engine,
+        "import_s": import_s,
         "load_s": loaded_s,
         "accepted_s": accepted_s,
         "first_token_s": first_token_s,

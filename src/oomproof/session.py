@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -191,12 +192,19 @@ def load(
     from oomproof.engine.model import Model
 
     defaults = read_generation_defaults(folder)
-    tokenizer = TransformersTokenizer(
-        folder, defaults=defaults, trust_remote_code=trust_remote_code
-    )
-    engine = start_engine(
-        contract, folder, _of_stage(progress, "load"), trust_remote_code=trust_remote_code
-    )
+    with ThreadPoolExecutor(1) as beside:
+        # The tokenizer's files are parsed while the weights are on their way.
+        parsing = beside.submit(
+            TransformersTokenizer, folder, defaults=defaults, trust_remote_code=trust_remote_code
+        )
+        engine = start_engine(
+            contract, folder, _of_stage(progress, "load"), trust_remote_code=trust_remote_code
+        )
+        try:
+            tokenizer = parsing.result()
+        except BaseException:
+            engine.close()
+            raise
     return Model(engine, tokenizer, contract.plan, defaults)
 
 

@@ -19,7 +19,6 @@ from oomproof.engine.messages import (
     FinishReason,
     Request,
     SamplingOptions,
-    TokenEvent,
 )
 from oomproof.engine.protocol import Engine
 from oomproof.engine.text import IncrementalDecoder, StopScanner, read_stops

@@ -23,7 +23,8 @@ from oomproof.errors import RequestError
 SEED_BITS = 63
 PROMPT_FLAG = 1 << 30
 """Set in a token's count where it is in the prompt; the bits below count it in the answer."""
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST_LOGIT = 1e30
+"""What lies above counts as this, so that penalties and differences stay finite."""
 _LEAST_TEMPERATURE = 1e-30
 _WORD = 0xFFFFFFFF
 _PART = 8192
@@ -115,8 +116,9 @@ def draw(
 
 
 def without_nan(logits: torch.Tensor) -> torch.Tensor:
-    """float32 logits whose NaNs are -inf and whose infinities leave differences defined."""
-    return logits.float().nan_to_num(nan=-torch.inf, posinf=_LARGEST, neginf=-torch.inf)
+    """float32 logits, NaN being as impossible as -inf, and none above LARGEST_LOGIT."""
+    values = logits.float()
+    return values.masked_fill(values.isnan(), -torch.inf).clamp(max=LARGEST_LOGIT)
 
 
 def penalised(logits: torch.Tensor, counts: torch.Tensor, settings: Settings) -> torch.Tensor:

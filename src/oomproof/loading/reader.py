@@ -109,7 +109,7 @@ class CheckpointReader:
             self._staging.send(buffer, part)
 
     def _read_into(self, file: BinaryIO, buffer: torch.Tensor, tensor: CheckpointTensor) -> None:
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        view = memoryview(buffer.numpy())
         while view:
             count = file.readinto(view)  # type: ignore[attr-defined]
             if not count:

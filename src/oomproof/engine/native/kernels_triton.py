@@ -255,7 +255,7 @@ def attend_decode(
     )
 
 
-@triton.jit(do_not_specialize=["num_pages"])
+@triton.jit(do_not_specialize=["num_pages", "window"])
 def _attend_part(
     qkv, positions, slots, pages, keys, values, partials, qkv_stride, num_pages, scale, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
@@ -385,7 +385,7 @@ def attend_prefill(
 
 
 # A kernel for any number of rows: none is compiled while somebody waits for an answer.
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "num_pages", "window"])
 def _attend_chunk(
     qkv, positions, slots, pages, keys, values, out,
     qkv_stride, out_stride, num_pages, rows, scale, window,

@@ -11,6 +11,7 @@ import torch
 from oomproof.engine.native.device import NativeDevice
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.meter import NativeMeter
+from oomproof.engine.native.warm import start_warming
 from oomproof.errors import CheckpointError, NotRunnableError
 from oomproof.hardware.spec import Hardware
 from oomproof.loading.pipeline import load_checkpoint, load_random
@@ -97,6 +98,10 @@ def _start(plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill) -> Nativ
             f"{spec.id}: {spec.not_native}", remedy="plan with --engine transformers"
         )
     devices: list[NativeDevice] = []
+    first = plan.devices_in_use[0]
+    warming = start_warming(
+        torch.device(*((first.kind, first.index) if first.kind == "cuda" else ("cpu",)))
+    )
     with torch.inference_mode():
         meter.devices = devices
         for planned in plan.devices_in_use:
@@ -110,6 +115,8 @@ def _start(plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill) -> Nativ
             )
             targets += device.targets(workspace)
         del workspace
+        if warming is not None:
+            warming.join()
         fill(targets)
         targets.clear()
         for device in devices:

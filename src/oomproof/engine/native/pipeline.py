@@ -53,6 +53,7 @@ class Pipeline:
     def __init__(self, devices: Sequence[NativeDevice], max_rows: int, requests: int) -> None:
         self.devices = devices
         self._requests = requests
+        self._followers = [*devices[1:], None]
         self._last = next(device for device in devices if device.final_norm is not None)
         self._head_device = next(device for device in devices if device.head is not None)
         assert self._head_device.head is not None
@@ -83,7 +84,14 @@ class Pipeline:
             yield
 
     def prefill(
-        self, tokens: Sequence[int], position: int, slot: int, *, draws: bool, greedy: bool
+        self,
+        tokens: Sequence[int],
+        position: int,
+        slot: int,
+        *,
+        draws: bool,
+        greedy: bool,
+        most_layers: int | None = None,
     ) -> None:
         """A chunk of one request's prompt, and the token after it where `draws`."""
         rows = len(tokens)
@@ -94,7 +102,7 @@ class Pipeline:
             if device.embedding is not None:
                 device.embedding.run(rows)
             if device.layers is not None:
-                device.layers.run(rows, one_request=True)
+                device.layers.run(rows, one_request=True, most_layers=most_layers)
         if draws:
             assert self._last.final_norm is not None
             self._head.receive(self._last.final_norm.run(rows - 1, 1))
@@ -163,17 +171,22 @@ class Pipeline:
         on_gpu = self._head_device.stream is not None
         if not on_gpu:
             return
+        streamed = any(device.layer_stream is not None for device in self.devices)
+        # All layers have the same kernels; streamed ones come in turn and are not left out.
+        most_layers = None if streamed else 1
         with self.streams():
             # Products have kernels of their own for up to 16, 32 and 64 tokens, and for more.
             for rows in sorted({min(rows, chunk_tokens) for rows in (1, 17, 33, 65, chunk_tokens)}):
-                self.prefill([0] * rows, 0, 0, draws=True, greedy=rows > 1)
-            streams = any(device.layer_stream is not None for device in self.devices)
+                self.prefill([0] * rows, 0, 0, draws=True, greedy=rows > 1, most_layers=most_layers)
             for rows in graph_sizes(self._requests):
-                padding = [PADDING_SLOT] * rows
+                self._send([0] * rows, [0] * rows, [PADDING_SLOT] * rows)
+                for number, device in enumerate(self.devices):
+                    self._run_device(device, rows, most_layers=most_layers)
+                    self._hand_over(device, self._followers[number], rows)
                 for greedy in (True, False):
-                    self.decode([0] * rows, [0] * rows, padding, greedy=greedy)
+                    self._draw(rows, greedy=greedy)
                 self._wait()
-                if streams:
+                if streamed:
                     continue
                 pieces = self._pieces(rows)
                 graphs = [_recorded(piece.device, piece.run) for piece in pieces]
@@ -186,21 +199,22 @@ class Pipeline:
 
     def _pieces(self, rows: int) -> list[_Piece]:
         """A decode step of so many rows, up to the normalised hidden states at the head."""
-        followers = [*self.devices[1:], None]
         return [
             _Piece(
                 device,
                 partial(self._run_device, device, rows),
                 partial(self._hand_over, device, following, rows),
             )
-            for device, following in zip(self.devices, followers, strict=True)
+            for device, following in zip(self.devices, self._followers, strict=True)
         ]
 
-    def _run_device(self, device: NativeDevice, rows: int) -> None:
+    def _run_device(
+        self, device: NativeDevice, rows: int, *, most_layers: int | None = None
+    ) -> None:
         if device.embedding is not None:
             device.embedding.run(rows)
         if device.layers is not None:
-            device.layers.run(rows, one_request=False)
+            device.layers.run(rows, one_request=False, most_layers=most_layers)
         if device.final_norm is not None:
             device.final_norm.run(0, rows)
 

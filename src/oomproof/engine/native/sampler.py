@@ -22,6 +22,20 @@ Take = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
 INVERSE_TEMPERATURE, TOP_P, REACH, REPETITION, INVERSE_REPETITION, PRESENCE, FREQUENCY = range(7)
 # Columns of a slot's int64 options; DRAWS counts the tokens drawn, LIMIT belongs to the kernels.
 SEED, TOP_K, ALTERNATIVES, HAS_PENALTIES, DRAWS, LIMIT = range(6)
+_STATE = (
+    "float_options",
+    "integer_options",
+    "counts",
+    "group_best",
+    "group_list",
+    "candidates",
+    "chunk_values",
+    "chunk_tokens",
+    "logprobs",
+    "top_tokens",
+    "top_logprobs",
+)
+"""Buffers that `sample` takes, in its order."""
 
 
 class Sampler:
@@ -43,20 +57,17 @@ class Sampler:
         self.logprobs = buffers["logprobs"]
         """float32 [slots]: of the token drawn last in each row, in the model's own distribution."""
         self.top_tokens = buffers["top_tokens"]
-        """int32 [slots, 20]: of each row, the most likely tokens, as many as were asked for; -1 where
-        the rest is impossible."""
+        """int32 [slots, 20]: of each row, the most likely tokens, as many as were asked for; -1
+        where the rest is impossible."""
         self.top_logprobs = buffers["top_logprobs"]
         """float32 [slots, 20]: their log-probabilities."""
-        self._floats = buffers["float_options"]
-        self._integers = buffers["integer_options"]
         self._counts = buffers["counts"]
         self._staged_tokens = buffers["staged_tokens"]
-        self._group_best = buffers["group_best"]
-        self._group_list = buffers["group_list"]
-        self._candidates = buffers["candidates"]
-        self._chunk_values = buffers["chunk_values"]
-        self._chunk_tokens = buffers["chunk_tokens"]
-        self._staging = _Staging(self._floats, self._integers, self._staged_tokens, device)
+        self._state = tuple(buffers[name] for name in _STATE)
+        self._chunks = (buffers["chunk_values"], buffers["chunk_tokens"])
+        self._staging = _Staging(
+            buffers["float_options"], buffers["integer_options"], self._staged_tokens, device
+        )
 
     def admit(
         self,
@@ -98,22 +109,7 @@ class Sampler:
             slots: int32 [rows], each at most once; -1 leaves the row out.
             tokens: int64 [rows], written.
         """
-        sample(
-            logits,
-            slots,
-            tokens,
-            self._floats,
-            self._integers,
-            self._counts,
-            self._group_best,
-            self._group_list,
-            self._candidates,
-            self._chunk_values,
-            self._chunk_tokens,
-            self.logprobs,
-            self.top_tokens,
-            self.top_logprobs,
-        )
+        sample(logits, slots, tokens, *self._state)
 
     def sample_greedy(
         self, logits: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor
@@ -127,7 +123,7 @@ class Sampler:
             slots: int32 [rows]; -1 leaves the row out.
             tokens: int64 [rows], written.
         """
-        sample_greedy(logits, slots, tokens, self._chunk_values, self._chunk_tokens)
+        sample_greedy(logits, slots, tokens, *self._chunks)
 
 
 class _Staging:
@@ -189,31 +185,19 @@ class _Staging:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return torch.cuda.Event()
 
 
 @torch.library.custom_op(
     "oomproof::sample",
-    mutates_args=(
-        "tokens",
-        "integers",
-        "counts",
-        "group_best",
-        "group_list",
-        "candidates",
-        "chunk_values",
-        "chunk_tokens",
-        "logprobs",
-        "top_tokens",
-        "top_logprobs",
-    ),
+    mutates_args=("tokens", *_STATE[1:]),
 )
 def sample(  # noqa: PLR0913, PLR0917 - every tensor that a kernel may touch is named
     logits: torch.Tensor,
     slots: torch.Tensor,
     tokens: torch.Tensor,
-    floats: torch.Tensor,
-    integers: torch.Tensor,
+    float_options: torch.Tensor,
+    integer_options: torch.Tensor,
     counts: torch.Tensor,
     group_best: torch.Tensor,  # noqa: ARG001 - scratch of the kernels
     group_list: torch.Tensor,  # noqa: ARG001
@@ -228,11 +212,12 @@ def sample(  # noqa: PLR0913, PLR0917 - every tensor that a kernel may touch is 
     for row, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
-        settings = _settings(floats[slot].tolist(), integers[slot].tolist())
+        integers = integer_options[slot]
+        settings = _settings(float_options[slot].tolist(), integers.tolist())
         seen = counts[slot] if settings.has_penalties else None
-        drawn = draw(logits[row], seen, settings, int(integers[slot, DRAWS]))
+        drawn = draw(logits[row], seen, settings, int(integers[DRAWS]))
         tokens[row] = drawn.token
-        integers[slot, DRAWS] += 1
+        integers[DRAWS] += 1
         if seen is not None:
             seen[drawn.token] += 1
         if drawn.logprob is not None:
@@ -303,3 +288,7 @@ def _(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
     from oomproof.engine.native import sampler_triton
 
     sampler_triton.flag_prompt(tokens, count, counts)
+
+
+for _operator in (sample, sample_greedy, flag_prompt):
+    _operator.register_fake(lambda *_arguments: None)

@@ -8,18 +8,16 @@ narrows its bounds until few tokens lie between them, and compares those with ea
 
 # Triton's language is not typed, and its constants are spelled in capitals.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
-# ruff: noqa: N803
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from oomproof.engine.native import sampler
-from oomproof.engine.sampling import PROMPT_FLAG
+from oomproof.engine.sampling import LARGEST_LOGIT, PROMPT_FLAG
 from oomproof.memory.sampler import (
     CANDIDATES,
     CHUNK_TOKENS,
@@ -31,7 +29,7 @@ from oomproof.memory.sampler import (
 
 CHUNK_GROUPS = tl.constexpr(CHUNK_TOKENS // GROUP_TOKENS)
 VALUES = tl.constexpr(CHUNK_VALUES)
-BEST, MASS, DRAWN, LARGEST_LOGIT, LOGIT_MASS = (tl.constexpr(i) for i in range(CHUNK_VALUES))
+BEST, MASS, DRAWN, TOP_LOGIT, LOGIT_MASS = (tl.constexpr(i) for i in range(CHUNK_VALUES))
 FLOATS = tl.constexpr(FLOAT_OPTIONS)
 INVERSE_TEMPERATURE = tl.constexpr(sampler.INVERSE_TEMPERATURE)
 TOP_P = tl.constexpr(sampler.TOP_P)
@@ -47,12 +45,10 @@ LIMIT = tl.constexpr(sampler.LIMIT)
 
 _GROUP = tl.constexpr(GROUP_TOKENS)
 _FLAG = tl.constexpr(PROMPT_FLAG)
-_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+_LARGEST = tl.constexpr(LARGEST_LOGIT)
 _FARTHEST = tl.constexpr(0x42000000)
 """The key of 32: no noise makes up for more, so no token is drawn from farther away."""
-import os
-
-_TILE = tl.constexpr(int(os.environ.get("TILE", "2048")))
+_TILE = tl.constexpr(2048)
 _CANDIDATES = tl.constexpr(CANDIDATES)
 _THRESHOLDS = tl.constexpr(8)
 _AT_ONCE = tl.constexpr(16)
@@ -255,8 +251,8 @@ def _search(row, best, listing, listed, high, need, BY_MASS: tl.constexpr):
     rank = tl.arange(0, _THRESHOLDS)
     low = tl.full((), -1, tl.int32)
     below = tl.full((), 0.0, tl.float32)
-    # Often the groups alone said enough: at first, few tokens are hoped for.
-    between = tl.full((), 0.0, tl.float32)
+    # At least one of each group does, and often few more.
+    between = listed.to(tl.float32)
     copied = tl.full((), _CANDIDATES + 1, tl.int32)
     while (copied > _CANDIDATES) & (high - low > 1):
         if between <= _CANDIDATES:

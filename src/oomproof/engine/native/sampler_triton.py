@@ -7,7 +7,6 @@ on the vocabulary alone, so a row's token does not depend on the rows beside it.
 
 # Triton's language is not typed, and its constants are spelled in capitals.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
-# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -22,10 +21,10 @@ from oomproof.engine.native.sampler_filters_triton import (
     BEST,
     CHUNK_GROUPS,
     DRAWN,
-    LARGEST_LOGIT,
     LIMIT,
     LOGIT_MASS,
     MASS,
+    TOP_LOGIT,
     TOP_P,
     VALUES,
     Given,
@@ -45,21 +44,18 @@ from oomproof.memory.sampler import CHUNK_PICKS, CHUNK_TOKENS, GROUP_TOKENS, MAX
 _CHUNK = tl.constexpr(CHUNK_TOKENS)
 _GROUP = tl.constexpr(GROUP_TOKENS)
 _PICKS = tl.constexpr(CHUNK_PICKS)
-_DRAWN_TOKEN, _LARGEST_TOKEN = tl.constexpr(0), tl.constexpr(1)
+_DRAWN_TOKEN, _TOP_TOKEN = tl.constexpr(0), tl.constexpr(1)
 _SEED = tl.constexpr(sampler.SEED)
 _ALTERNATIVES = tl.constexpr(sampler.ALTERNATIVES)
 _DRAWS = tl.constexpr(sampler.DRAWS)
 _TOP = tl.constexpr(MAX_ALTERNATIVES)
 _FLAG = tl.constexpr(PROMPT_FLAG)
 
-import os
-
-WARPS = int(os.environ.get("WARPS", "16"))
 # Products and sums are rounded one by one, as torch rounds them.
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
-def sample(  # noqa: PLR0913, PLR0917 - those of the operator
+def sample(
     logits: torch.Tensor,
     slots: torch.Tensor,
     tokens: torch.Tensor,
@@ -84,7 +80,7 @@ def sample(  # noqa: PLR0913, PLR0917 - those of the operator
     scratch = Scratch(group_best, group_list, candidates, chunk_values, chunk_tokens)
     drawn = (tokens, logprobs, top_tokens, top_logprobs)
     _measure[(rows, chunks)](given, scratch, num_warps=8, **_EXACT)
-    find_limit[(rows,)](given, scratch, GROUPS=groups, num_warps=WARPS, **padded, **_EXACT)
+    find_limit[(rows,)](given, scratch, GROUPS=groups, num_warps=8, **padded, **_EXACT)
     _draw[(rows, chunks)](given, scratch, num_warps=8, **padded, **_EXACT)
     _finish[(rows,)](given, scratch, *drawn, num_warps=8, **padded, **_EXACT)
 
@@ -148,7 +144,7 @@ def _measure(given, scratch):
     if tl.load(row.integers + _ALTERNATIVES) >= 0:
         logits = load_logits(row.logits, tokens, inside)
         first = tl.max(logits, axis=0, return_indices=True)
-        _store_chunk(scratch, number, chunks, chunk, LARGEST_LOGIT, _LARGEST_TOKEN, first)
+        _store_chunk(scratch, number, chunks, chunk, TOP_LOGIT, _TOP_TOKEN, first)
         tl.store(masses + LOGIT_MASS * chunks, tl.sum(weights_of(logits, first[0], 1.0), axis=0))
 
 
@@ -211,9 +207,7 @@ def _finish(given, scratch, tokens, logprobs, top_tokens, top_logprobs, CHUNKS: 
     alternatives = tl.load(row.integers + _ALTERNATIVES).to(tl.int32)
     if alternatives >= 0:
         values = scratch.chunk_values + number * VALUES * given.chunks
-        logits = load_chunks(
-            values + LARGEST_LOGIT * given.chunks, given.chunks, float("-inf"), CHUNKS
-        )
+        logits = load_chunks(values + TOP_LOGIT * given.chunks, given.chunks, float("-inf"), CHUNKS)
         mass = load_chunks(values + LOGIT_MASS * given.chunks, given.chunks, 0.0, CHUNKS)
         largest = tl.max(logits, axis=0)
         total = largest + tl.log(tl.sum(mass * weights_of(logits, largest, 1.0), axis=0))
@@ -225,13 +219,13 @@ def _finish(given, scratch, tokens, logprobs, top_tokens, top_logprobs, CHUNKS: 
 
 
 @triton.jit
-def _list_likely(  # noqa: PLR0913, PLR0917 - it is a part of _finish
+def _list_likely(
     row, scratch, number, chunks, logits, total, top_tokens, top_logprobs, alternatives,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the tokens of the largest logits; `logits` [CHUNKS] holds the largest of each chunk."""
+    """Writes the tokens of the largest logits; `logits` [CHUNKS] has the largest of each chunk."""
     chunk = tl.arange(0, CHUNKS)
-    firsts = scratch.chunk_tokens + (number * _PICKS + _LARGEST_TOKEN) * chunks
+    firsts = scratch.chunk_tokens + (number * _PICKS + _TOP_TOKEN) * chunks
     firsts = tl.load(firsts + chunk, mask=chunk < chunks, other=0)
     for rank in range(alternatives):
         value, place = tl.max(logits, axis=0, return_indices=True)

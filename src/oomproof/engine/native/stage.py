@@ -77,17 +77,20 @@ class Layers:
         self._inputs = arena["inputs"]
         self._scratch = arena["scratch"]
 
-    def run(self, rows: int, *, one_request: bool) -> None:
+    def run(self, rows: int, *, one_request: bool, most_layers: int | None = None) -> None:
         """Every layer over the first `rows` rows of the hidden states.
 
         Args:
             rows: Tokens of this call.
             one_request: Whether they are consecutive tokens of one request, or one of each.
+            most_layers: Stop after so many, to bring their kernels in; None for all.
         """
+        count = self._last - self._first + 1
+        end = self._first + min(count, most_layers or count)
         hidden, normed = self._hidden[:rows], self._normed[:rows]
         eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
         adds = False
-        for index in range(self._first, self._last + 1):
+        for index in range(self._first, end):
             weights = self._weights(index)
             add_rms_norm(hidden, normed, weights.input_norm, eps, multiplier, adds)
             self._attention(weights, index, rows, one_request=one_request)

@@ -1,0 +1,84 @@
+"""Weights, inputs and exact products for the tests of this folder."""
+
+from __future__ import annotations
+
+import torch
+
+from oomproof.formats import FORMATS
+from oomproof.quantization.handlers import handler
+from oomproof.quantization.reference import quantize_rows_fp8
+
+SHAPES = ((64, 64), (96, 160), (8, 1), (1, 1), (3, 21), (65, 63), (33, 192))
+PRODUCT_ERRORS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Most relative error of a product in a type: rounded weights and a rounded result."""
+
+
+def random_weight(
+    shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> torch.Tensor:
+    """[rows, columns] as a model's are."""
+    generator = torch.Generator().manual_seed(seed)
+    return (0.02 * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def random_input(tokens: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[tokens, columns], a view into a wider tensor, so that its rows are not contiguous."""
+    generator = torch.Generator().manual_seed(tokens)
+    wide = torch.randn(tokens, columns + 16, generator=generator).to(dtype)
+    return wide[:, 8 : 8 + columns]
+
+
+def empty_parts(
+    format_name: str, shape: tuple[int, int], device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The parts of a weight as a loader has them: flat, of the planned bytes, with old contents."""
+    parts = {}
+    for component in FORMATS[format_name].components(*shape):
+        dtype = getattr(torch, component.dtype)
+        raw = torch.full((component.size_bytes,), 0xA5, dtype=torch.uint8, device=device)
+        parts[component.name] = raw.view(dtype)
+    return parts
+
+
+def encode_in_slices(
+    format_name: str, weight: torch.Tensor, rows_of_slice: int
+) -> dict[str, torch.Tensor]:
+    """Parts that were written slice after slice."""
+    found = handler(format_name)
+    rows, columns = weight.shape
+    parts = empty_parts(format_name, (rows, columns), str(weight.device))
+    workspace = torch.full(
+        (found.workspace_numel((rows, columns)),), float("nan"), device=weight.device
+    )
+    for first in range(0, rows, rows_of_slice):
+        source = weight[first : first + rows_of_slice]
+        found.encode_slice(source, parts, first, (rows, columns), workspace)
+    found.finish(parts, (rows, columns), workspace)
+    return parts
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of a type are equal as bytes, -0 and NaN too."""
+    one, other = one.reshape(-1), other.reshape(-1)
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def product_error(
+    format_name: str,
+    x: torch.Tensor,
+    parts: dict[str, torch.Tensor],
+    shape: tuple[int, int],
+    scratch_bytes: int,
+) -> float:
+    """Relative error of a product against float64; it is written between columns of others."""
+    out = torch.full((len(x), shape[0] + 3), float("nan"), dtype=x.dtype, device=x.device)
+    scratch = torch.full((scratch_bytes,), 0xA5, dtype=torch.uint8, device=x.device)
+    handler(format_name).multiply(x, parts, shape, out[:, 2:-1], scratch)
+    assert out[:, :2].isnan().all()
+    assert out[:, -1].isnan().all()
+    exact = x.double()
+    if format_name == "fp8":
+        codes, scale = quantize_rows_fp8(x)
+        exact = codes.double() * scale.double().unsqueeze(1)
+    expected = exact @ handler(format_name).decode(parts, shape, torch.float32).double().t()
+    return float((out[:, 2:-1].double() - expected).norm() / expected.norm())
