@@ -4,7 +4,8 @@
     python benchmarks/rehearsals.py --check
 
 Each row is one `oomproof rehearse` in a process of its own: random weights at true shapes, planned
-under a cap, loaded through transformers and bitsandbytes, filled to the planned context and timed.
+under a cap, loaded, filled to the planned context and timed: `native-…` rows through our own
+engine, others through transformers and bitsandbytes. `--rows native` is all of ours on one GPU.
 One JSON line a row goes to stdout: every term beside its measurement, speeds, device, versions.
 `--check` only plans the rows, for an H200 that need not be here.
 """
@@ -13,10 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
+import tempfile
 import time
+import traceback
 from dataclasses import dataclass
+from importlib.metadata import version
+
+from oomproof.hardware.probe import probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +35,16 @@ class Row:
     cap: str | None = None
     concurrency: int = 1
     max_memory: tuple[str, ...] = ()
+    engine: str = "transformers"
+    kv_format: str = "auto"
+    offload: str = "none"
 
     @property
     def options(self) -> list[str]:
         """As the command line takes them."""
         found = ["--format", self.format, "--context", str(self.context)]
-        found += ["--concurrency", str(self.concurrency)]
+        found += ["--concurrency", str(self.concurrency), "--engine", self.engine]
+        found += ["--kv-format", self.kv_format, "--offload", self.offload]
         found += ["--cap", self.cap] if self.cap else []
         for limit in self.max_memory:
             found += ["--max-memory", limit]
@@ -85,22 +95,129 @@ ROWS = {
 ONE_GPU = [name for name in ROWS if not name.startswith(("two", "four"))]
 
 
+def _native(model: str, *rows: tuple[str, str, int, int]) -> dict[str, Row]:
+    """Rows of (format, cap, context, requests at once) by name."""
+    size = next(part for part in reversed(model.split("-")) if part.endswith("b"))
+    return {
+        f"native-{size}-{name}-{context // 1024}k-{requests}": Row(
+            model=model,
+            format=name,
+            cap=cap,
+            context=context,
+            concurrency=requests,
+            engine="native",
+        )
+        for name, cap, context, requests in rows
+    }
+
+
+NATIVE = {
+    **_native(
+        "llama-3.2-1b",
+        ("bf16", "8GiB", 32768, 1),
+        ("int8", "8GiB", 8192, 4),
+        ("fp8", "8GiB", 2048, 4),
+        ("nf4", "8GiB", 32768, 4),
+        ("nf4-dq", "8GiB", 8192, 1),
+    ),
+    **_native(
+        "llama-3.2-3b",
+        ("bf16", "8GiB", 2048, 1),
+        ("int8", "8GiB", 8192, 4),
+        ("fp8", "12GiB", 32768, 1),
+        ("nf4", "8GiB", 8192, 1),
+        ("nf4-dq", "8GiB", 32768, 1),
+    ),
+    **_native(
+        "llama-3.1-8b",
+        ("bf16", "24GiB", 8192, 4),
+        ("int8", "12GiB", 8192, 1),
+        ("fp8", "16GiB", 32768, 1),
+        ("nf4", "12GiB", 32768, 1),
+        ("nf4-dq", "8GiB", 8192, 1),
+        ("nf4-dq", "16GiB", 8192, 4),
+    ),
+    **_native(
+        "qwen2.5-14b",
+        ("bf16", "48GiB", 8192, 4),
+        ("int8", "24GiB", 8192, 4),
+        ("fp8", "24GiB", 32768, 1),
+        ("nf4", "16GiB", 8192, 1),
+        ("nf4-dq", "12GiB", 2048, 1),
+    ),
+    **_native(
+        "qwen3-32b",
+        ("bf16", "80GiB", 8192, 1),
+        ("int8", "48GiB", 8192, 4),
+        ("fp8", "48GiB", 32768, 1),
+        ("nf4", "24GiB", 2048, 1),
+        ("nf4-dq", "24GiB", 8192, 1),
+    ),
+    **_native(
+        "llama-3.1-70b",
+        ("int8", "80GiB", 8192, 1),
+        ("fp8", "80GiB", 2048, 4),
+        ("nf4", "48GiB", 8192, 1),
+        ("nf4-dq", "48GiB", 32768, 1),
+        ("nf4-dq", "80GiB", 32768, 4),
+    ),
+}
+"""Our own engine on one GPU."""
+FURTHER = {
+    # Half of the layers in host memory.
+    "native-offload": Row(
+        model="llama-3.1-8b",
+        format="bf16",
+        cap="11GiB",
+        context=8192,
+        engine="native",
+        offload="cpu",
+    ),
+    "native-fp8-kv": Row(
+        model="llama-3.1-8b",
+        format="nf4-dq",
+        cap="16GiB",
+        context=32768,
+        concurrency=4,
+        engine="native",
+        kv_format="fp8",
+    ),
+    "native-two-8b": Row(
+        model="llama-3.1-8b",
+        format="nf4-dq",
+        context=8192,
+        max_memory=("0=4GiB", "1=6GiB"),
+        engine="native",
+    ),
+    "native-two-8b-bf16": Row(
+        model="llama-3.1-8b",
+        format="bf16",
+        context=8192,
+        concurrency=4,
+        max_memory=("0=14GiB", "1=9GiB"),
+        engine="native",
+    ),
+    "native-two-70b": Row(
+        model="llama-3.1-70b",
+        format="nf4-dq",
+        context=8192,
+        max_memory=("0=16GiB", "1=32GiB"),
+        engine="native",
+    ),
+}
+ROWS |= NATIVE | FURTHER
+
+
 def rehearse(name: str) -> dict[str, object]:
     """One row, in a process of its own."""
     row = ROWS[name]
-    command = [sys.executable, "-c", "from oomproof.cli.main import main; main()"]
     started = time.perf_counter()
-    done = subprocess.run(
-        [*command, "rehearse", row.model, *row.options, "--no-note", "--json"],
-        check=False,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    found = json.loads(done.stdout) if done.stdout else {}
+    exit_code, output = _in_a_child(["rehearse", row.model, *row.options, "--no-note", "--json"])
+    found = json.loads(output) if output else {}
     return {
         "benchmark": "rehearsals",
         "row": name,
-        "exit_code": done.returncode,
+        "exit_code": exit_code,
         "wall_s": round(time.perf_counter() - started, 1),
         "cap": row.cap,
         "max_memory": row.max_memory,
@@ -109,22 +226,52 @@ def rehearse(name: str) -> dict[str, object]:
     }
 
 
+def _in_a_child(arguments: list[str]) -> tuple[int, str]:
+    """(exit code, stdout) of the command line in a fork of this process.
+
+    A fork has torch imported already, which takes seconds, and its own CUDA context: this process
+    never makes one.
+    """
+    import torch  # noqa: F401
+
+    from oomproof.cli import main as command_line
+
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), sys.stdout.fileno())
+            sys.argv = ["oomproof", *arguments]
+            code = 1
+            try:
+                command_line.main()
+                code = 0
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            except BaseException:  # noqa: BLE001 - shown, and told by the exit code
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read()
+
+
 def _machine() -> dict[str, object]:
-    import bitsandbytes
     import torch
-    import transformers
 
     import oomproof
 
+    # Names come from NVML: asking torch would make a CUDA context in the parent of every row.
+    devices = probe().devices
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(),
-        "devices_here": torch.cuda.device_count(),
+        "device": devices[0].name,
+        "devices_here": len(devices),
         "versions": {
             "oomproof": oomproof.__version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
+            **{name: version(name) for name in ("triton", "transformers", "bitsandbytes")},
         },
     }
 
@@ -134,7 +281,7 @@ def check() -> None:
     import oomproof
 
     for name, row in ROWS.items():
-        gpus = {"two": "2xH200", "fou": "4xH200"}.get(name[:3], "H200")
+        gpus = "2xH200" if "two" in name else "4xH200" if "four" in name else "H200"
         limits = dict(limit.split("=") for limit in row.max_memory)
         plan = oomproof.plan(
             row.model,
@@ -143,6 +290,9 @@ def check() -> None:
             context=row.context,
             concurrency=row.concurrency,
             cap=row.cap,
+            engine=row.engine,
+            kv_format=row.kv_format,
+            offload=row.offload,
             max_memory={int(index): size for index, size in limits.items()},
         )
         peaks = [round(device.peak_bytes / 2**30, 2) for device in plan.devices_in_use]
@@ -152,13 +302,13 @@ def check() -> None:
 def main() -> None:
     """Runs the rows that are asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", nargs="*", default=ONE_GPU, choices=list(ROWS))
+    parser.add_argument("--rows", nargs="*", default=ONE_GPU, choices=[*ROWS, "native"])
     parser.add_argument("--check", action="store_true", help="plan the rows, run nothing")
     arguments = parser.parse_args()
     if arguments.check:
         check()
         return
-    for name in arguments.rows:
+    for name in NATIVE if arguments.rows == ["native"] else arguments.rows:
         print(json.dumps(rehearse(name)), flush=True)
 
 

@@ -65,6 +65,26 @@ def test_help_and_unknown_commands_are_talk_and_no_turns(asked: list[list[Messag
     assert "no command /nope; /help lists them" in done.err
 
 
+def test_stop_strings_and_penalties_reach_every_turn(
+    asked: list[list[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, object]] = []
+    stream = Model.stream
+
+    def record(model: Model, prompt: Prompt, **options: object) -> Stream:
+        given.append(options)
+        return stream(model, prompt, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "stream", record)
+    options = ("--stop", "a", "--stop", "b", "--presence-penalty", "0.5", "--min-p", "0.1")
+    done = chat("Who goes there?\nAnd then?\n", *options)
+    assert done.code == 0
+    expected = {"stop": ("a", "b"), "presence_penalty": 0.5, "min_p": 0.1}
+    assert [expected | one for one in given] == given
+    assert len(given) == 2
+    assert not {"a", "b"} & set(done.out)
+
+
 @pytest.mark.parametrize("last", ["/quit", "/exit", "  /quit  "])
 def test_quit_leaves_and_reads_no_further(asked: list[list[Message]], last: str) -> None:
     assert chat(f"{last}\nnever asked\n").code == 0
@@ -137,6 +157,11 @@ def test_a_line_that_is_no_text_is_no_traceback(asked: list[list[Message]]) -> N
     [
         (("--temperature", "-1"), "temperature -1"),
         (("--top-p", "0"), "top-p 0"),
+        (("--min-p", "-1"), "min-p -1"),
+        (("--repetition-penalty", "0"), "repetition-penalty 0"),
+        (("--presence-penalty", "-3"), "presence-penalty -3"),
+        (("--frequency-penalty", "3"), "frequency-penalty 3"),
+        (("--stop", ""), "stop string of 0 characters"),
         (("--max-new-tokens", "0"), "max-new-tokens 0"),
     ],
 )

@@ -61,6 +61,26 @@ def test_json_holds_the_answer_its_figures_and_nothing_else() -> None:
     assert device["measured"]["weights"] <= device["predicted"]["weights"]
 
 
+def test_json_holds_log_probabilities_where_they_are_asked_for() -> None:
+    done = invoke("run", "tiny", "hello", "--json", "--logprobs", "2", *QUICK)
+    answer = json.loads(done.out)
+    assert len(answer["logprobs"]) == answer["new_tokens"]
+    assert "".join(one["text"] for one in answer["logprobs"]) == answer["text"]
+    for one in answer["logprobs"]:
+        first, second = one["top"]
+        assert 0 >= first["logprob"] >= second["logprob"]
+        assert first["logprob"] >= one["logprob"]
+    assert "logprobs" not in json.loads(invoke("run", "tiny", "hello", "--json", *QUICK).out)
+
+
+def test_an_answer_ends_before_a_stop_string() -> None:
+    whole = invoke("run", "tiny", "It was a dark night", *QUICK).out.removesuffix("\n")
+    stop = whole[3:5]
+    done = invoke("run", "tiny", "It was a dark night", "--stop", stop, "--stop", "~~", *QUICK)
+    assert done.out == whole[: whole.index(stop)] + "\n"
+    assert "ended by" not in done.err or "ended by stop" in done.err
+
+
 def test_raw_continues_the_text_without_a_template() -> None:
     raw = json.loads(invoke("run", "tiny", "hello", "--raw", "--json", *QUICK).out)
     chat = json.loads(invoke("run", "tiny", "hello", "--json", *QUICK).out)
@@ -121,6 +141,14 @@ def test_the_model_is_closed_even_if_answering_fails(monkeypatch: pytest.MonkeyP
         (("run", "tiny", "hi", "--temperature", "101"), "temperature 101"),
         (("run", "tiny", "hi", "--top-p", "1.1"), "top-p 1.1"),
         (("run", "tiny", "hi", "--top-k", "-1"), "top-k -1"),
+        (("run", "tiny", "hi", "--min-p", "1.5"), "min-p 1.5"),
+        (("run", "tiny", "hi", "--repetition-penalty", "0"), "repetition-penalty 0"),
+        (("run", "tiny", "hi", "--presence-penalty", "3"), "presence-penalty 3"),
+        (("run", "tiny", "hi", "--frequency-penalty", "nan"), "frequency-penalty nan"),
+        (("run", "tiny", "hi", "--stop", ""), "stop string of 0 characters"),
+        (("run", "tiny", "hi", *["--stop", "x"] * 17), "17 stop strings"),
+        (("run", "tiny", "hi", "--json", "--logprobs", "21"), "logprobs 21"),
+        (("run", "tiny", "hi", "--logprobs", "2"), "add --json"),
         (("run", "tiny", "hi", "--seed", str(2**63)), "seed"),
         (("run", "tiny", "hi", "--max-new-tokens", "0"), "max-new-tokens 0"),
         (("run", "tiny", "hi", "--max-new-tokens", "-3"), "max-new-tokens -3"),
@@ -157,7 +185,7 @@ def test_what_does_not_fit_is_exit_code_3_with_the_missing_bytes() -> None:
 
 
 def test_what_no_engine_runs_is_exit_code_1_with_the_reason() -> None:
-    done = invoke("run", "tiny", "hello", "--format", "fp8")
+    done = invoke("run", "tiny", "hello", "--format", "fp8", "--engine", "transformers")
     assert (done.code, done.out) == (1, "")
     assert done.err.splitlines()[-1].startswith("error: no engine here runs tiny in fp8")
 

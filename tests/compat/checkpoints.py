@@ -99,8 +99,8 @@ def random_checkpoint(
 ) -> Path:
     """Writes a checkpoint of that family with the bundled tokenizer.
 
-    Weights are large enough that answers vary, with a `std` of 0.02 as models begin with; `edit` may change the tensors before they are
-    written.
+    Weights are large enough that answers vary, with a `std` of 0.02 as models begin with; `edit`
+    may change the tensors before they are written.
     """
     config_class, own = FAMILIES[family]
     config = getattr(transformers, config_class)(**{**SHAPE, **own, **fields})

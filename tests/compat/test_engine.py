@@ -43,7 +43,7 @@ def spec() -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def planned() -> Plan:
-    return plan("tiny", format="bf16", context=256, concurrency=3)
+    return plan("tiny", engine="transformers", format="bf16", context=256, concurrency=3)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,8 @@ def test_each_family_answers_as_transformers_does_beyond_its_window_and_in_chunk
     drawn_from: list[torch.Tensor],
 ) -> None:
     folder = random_checkpoint(tmp_path, family)
-    made, shapes = plan(folder, format="bf16", context=256), resolve(str(folder))
+    made = plan(folder, engine="transformers", format="bf16", context=256)
+    shapes = resolve(str(folder))
     model = load_model(made, shapes, folder)
     prompt = prompt_of(75)
     meter = MemoryMeter(made, hardware)
@@ -359,7 +360,7 @@ def test_nothing_is_allocated_for_a_cache_after_loading(engine: TransformersEngi
 
 
 def test_a_closed_model_gives_its_weights_and_caches_back() -> None:
-    model = load("tiny", format="bf16", context=64)
+    model = load("tiny", engine="transformers", format="bf16", context=64)
     engine: Any = model._engine
     alive = [
         weakref.ref(engine.model.lm_head.weight),
@@ -375,7 +376,7 @@ def test_a_closed_model_gives_its_weights_and_caches_back() -> None:
 def test_a_kv_format_other_than_the_compute_dtype_runs_or_is_planned_as_not_runnable(
     weights: str, kv: str
 ) -> None:
-    made = plan("tiny", format=weights, kv_format=kv)
+    made = plan("tiny", engine="transformers", format=weights, kv_format=kv)
     if made.runnable:
         with load(made) as model:
             assert model.generate("hello", max_new_tokens=2, seed=0)
@@ -388,7 +389,8 @@ def test_a_kv_format_other_than_the_compute_dtype_runs_or_is_planned_as_not_runn
 def test_widths_that_are_no_multiple_of_64_run_or_are_planned_as_not_runnable(
     weight_format: str, shape: dict[str, int], tmp_path: Path
 ) -> None:
-    made = plan(random_checkpoint(tmp_path, **shape), format=weight_format)  # type: ignore[arg-type]
+    folder = random_checkpoint(tmp_path, **shape)  # type: ignore[arg-type]
+    made = plan(folder, engine="transformers", format=weight_format)
     if made.runnable:
         with load(made) as model:
             stream = model.stream("hello", max_new_tokens=2, temperature=0)

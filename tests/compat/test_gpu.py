@@ -29,7 +29,7 @@ def test_nvml_and_cuda_agree_on_what_is_free() -> None:
 
 @pytest.mark.parametrize("weight_format", ["bf16", "nf4", "nf4-dq", "llm-int8"])
 def test_no_measured_peak_is_above_its_prediction(weight_format: str) -> None:
-    with load("tiny", format=weight_format, cap="2GiB") as model:
+    with load("tiny", engine="transformers", format=weight_format, cap="2GiB") as model:
         assert model.generate("It was a dark night", seed=1, max_new_tokens=32)
         [device] = model.plan.devices_in_use
         measured = model.measured_terms()[device.index]
@@ -39,7 +39,7 @@ def test_no_measured_peak_is_above_its_prediction(weight_format: str) -> None:
 
 
 def test_a_plan_beyond_the_free_memory_is_refused_before_loading() -> None:
-    made = plan("tiny", format="nf4-dq")
+    made = plan("tiny", engine="transformers", format="nf4-dq")
     # The tests before this one capped the process; closing their models lifted the caps.
     hoard = torch.empty(torch.cuda.mem_get_info()[0] - 2**28, dtype=torch.uint8, device="cuda")
     try:

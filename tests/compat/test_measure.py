@@ -16,7 +16,7 @@ from oomproof.units import MIB
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Model]:
-    with load("tiny", format="bf16", context=512, concurrency=2) as model:
+    with load("tiny", engine="transformers", format="bf16", context=512, concurrency=2) as model:
         yield model
 
 
@@ -49,7 +49,7 @@ def test_the_workspace_only_grows_and_is_at_least_what_was_held_for_a_moment(
 
 
 def test_weights_that_are_repacked_at_the_first_forward_are_counted_as_they_are_then() -> None:
-    with load("tiny", format="nf4-dq", context=256) as model:
+    with load("tiny", engine="transformers", format="nf4-dq", context=256) as model:
         loaded = model.measured_terms()[0].weights
         model.generate("hello", max_new_tokens=2, seed=0)
         assert model.measured_terms()[0].weights >= loaded
@@ -57,6 +57,6 @@ def test_weights_that_are_repacked_at_the_first_forward_are_counted_as_they_are_
 
 
 def test_a_meter_that_has_seen_nothing_measures_nothing() -> None:
-    made = plan("tiny", format="bf16")
+    made = plan("tiny", engine="transformers", format="bf16")
     terms = MemoryMeter(made, probe()).terms()[0]
     assert (terms.weights, terms.kv_cache, terms.staging) == (0, 0, 0)

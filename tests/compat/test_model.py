@@ -33,7 +33,7 @@ def load_folder(
     folder: Path, weight_format: str = "bf16", between: Callable[[Path], object] | None = None
 ) -> Any:
     """Plans and loads a folder; `between` may change it after its headers were read."""
-    made, spec = plan(folder, format=weight_format), resolve(str(folder))
+    made, spec = plan(folder, engine="transformers", format=weight_format), resolve(str(folder))
     if between is not None:
         between(folder)
     return load_model(made, spec, folder)
@@ -52,7 +52,7 @@ def put(name: str, value: torch.Tensor) -> Callable[[Tensors], None]:
 
 @pytest.mark.parametrize("weight_format", ["bf16", "fp16", "nf4", "nf4-dq", "fp4", "llm-int8"])
 def test_the_bundled_model_is_loaded_as_planned_in_each_format(weight_format: str) -> None:
-    made, spec = plan("tiny", format=weight_format), resolve("tiny")
+    made, spec = plan("tiny", engine="transformers", format=weight_format), resolve("tiny")
     progress: list[tuple[int, int]] = []
     model = load_model(
         made, spec, bundled_folder(), progress=lambda done, total: progress.append((done, total))
@@ -242,7 +242,10 @@ def test_a_config_that_only_transformers_reads_to_the_end_is_refused_in_our_word
 ) -> None:
     folder = copy_of_tiny(tmp_path / "model")
     edit_json(folder / "config.json", **fields)
-    with pytest.raises(OomproofError) as refused, load(folder, format="bf16") as model:
+    with (
+        pytest.raises(OomproofError) as refused,
+        load(folder, engine="transformers", format="bf16") as model,
+    ):
         model.generate("hello", max_new_tokens=1)
     assert "config.json" in str(refused.value)
 

@@ -46,9 +46,9 @@ def test_a_quantized_checkpoint_answers_as_its_source_quantized_here_does(
 ) -> None:
     made = plan(checkpoint(tmp_path / "model", format_name))
     assert (made.format, made.runnable, made.fits) == (format_name, True, True)
-    assert made.quantized_checkpoint == "bitsandbytes"
+    assert (made.quantized_checkpoint, made.engine) == ("bitsandbytes", "transformers")
     assert made.to_transformers()["quantization_config"] is None
-    source = plan("tiny", format=format_name)
+    source = plan("tiny", engine="transformers", format=format_name)
     assert made.devices[0].terms.weights == source.devices[0].terms.weights
     options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
     with load(made) as model:

@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Model]:
-    with load("tiny", format="bf16", concurrency=3) as model:
+    with load("tiny", engine="transformers", format="bf16", concurrency=3) as model:
         yield model
 
 
@@ -97,7 +97,8 @@ def test_each_family_is_loaded_as_planned_and_answers_as_transformers_does(
     family: str, tmp_path: Path
 ) -> None:
     folder = _random_checkpoint(family, tmp_path)
-    with load(replace(plan(folder, format="bf16"), prefill_chunk_tokens=40)) as model:
+    made = plan(folder, engine="transformers", format="bf16")
+    with load(replace(made, prefill_chunk_tokens=40)) as model:
         stream = model.stream(LONG_PROMPT, raw=True, temperature=0, max_new_tokens=12)
         list(stream)
         prompt = model.tokenizer.encode(LONG_PROMPT)
@@ -108,7 +109,7 @@ def test_each_family_is_loaded_as_planned_and_answers_as_transformers_does(
 
 @pytest.mark.parametrize("weight_format", ["nf4", "nf4-dq", "fp4", "fp4-dq", "llm-int8"])
 def test_each_quantized_format_is_loaded_as_planned_and_answers(weight_format: str) -> None:
-    with load("tiny", format=weight_format) as model:
+    with load("tiny", engine="transformers", format=weight_format) as model:
         assert model.generate("It was a dark night", seed=1, max_new_tokens=8)
         measured = model.measured_terms()[0]
         planned = model.plan.devices[0].terms
@@ -121,7 +122,7 @@ def test_experts_stay_in_16_bits_and_the_plan_knows(family: str, tmp_path: Path)
     folder = _random_checkpoint(family, tmp_path)
     spec = resolve(str(folder))
     experts = sum(t.numel for t in spec.tensors if len(t.shape) == 3)
-    with load(folder, format="nf4") as model:
+    with load(folder, engine="transformers", format="nf4") as model:
         assert model.plan.devices[0].terms.weights > 2 * experts
         assert model.measured_terms()[0].weights > 2 * experts
 
@@ -165,7 +166,7 @@ def test_a_request_that_can_never_fit_is_refused_in_tokens(tiny: Model) -> None:
 
 
 def test_a_parameter_that_differs_from_the_plan_is_named() -> None:
-    made = plan("tiny", format="nf4-dq")
+    made = plan("tiny", engine="transformers", format="nf4-dq")
     spec = resolve("tiny")
     model = from_pretrained(made)
     verify_parameters(model, made, spec)
@@ -186,6 +187,6 @@ def test_from_pretrained_returns_an_ordinary_transformers_model() -> None:
 
 
 def test_a_plan_of_another_model_is_not_loaded() -> None:
-    made = plan("tiny", format="bf16")
+    made = plan("tiny", engine="transformers", format="bf16")
     with pytest.raises(PlanMismatchError, match="another model"):
         load(replace(made, fingerprint="0" * 16))

@@ -31,7 +31,7 @@ def spec() -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def planned() -> Plan:
-    return plan("tiny", format="nf4-dq")
+    return plan("tiny", engine="transformers", format="nf4-dq")
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +103,21 @@ def test_a_parameter_too_many_and_one_too_few_are_found(
 
 
 def test_scales_that_were_not_quantized_again_are_found(spec: ModelSpec, tiny: Any) -> None:
-    without = plan("tiny", format="nf4")
+    without = plan("tiny", engine="transformers", format="nf4")
     found = differences(tiny, without, spec)
     quantized = sum(tensor.role is Role.LINEAR for tensor in spec.tensors)
     assert len(found) == quantized
 
 
 def test_layers_on_other_devices_than_planned_are_found(tiny: Any, spec: ModelSpec) -> None:
-    for_gpus = plan("tiny", format="nf4-dq", gpus="1x24GiB")
+    for_gpus = plan("tiny", engine="transformers", format="nf4-dq", gpus="1x24GiB")
     found = differences(tiny, for_gpus, spec)
     assert len(found) == len(spec.tensors)
     assert all("on cuda:0, found" in difference for difference in found)
 
 
 def test_each_layer_belongs_to_the_device_of_its_range(tiny: Any, spec: ModelSpec) -> None:
-    made = plan("tiny", format="nf4-dq", gpus="2x24GiB")
+    made = plan("tiny", engine="transformers", format="nf4-dq", gpus="2x24GiB")
     first, second = made.devices
     split = replace(
         made,
@@ -137,15 +137,16 @@ def test_each_layer_belongs_to_the_device_of_its_range(tiny: Any, spec: ModelSpe
 
 
 def test_the_error_counts_the_differences_and_shows_three(tiny: Any, spec: ModelSpec) -> None:
+    for_gpus = plan("tiny", engine="transformers", format="nf4-dq", gpus="1x24GiB")
     with pytest.raises(PlanMismatchError, match=rf"^{len(spec.tensors)} loaded .*\(and \d+ more\)"):
-        verify_parameters(tiny, plan("tiny", format="nf4-dq", gpus="1x24GiB"), spec)
+        verify_parameters(tiny, for_gpus, spec)
 
 
 @pytest.mark.parametrize("weight_format", ["nf4", "nf4-dq", "fp4", "fp4-dq", "llm-int8"])
 def test_a_quantized_parameter_takes_the_bytes_that_its_format_states(
     weight_format: str, spec: ModelSpec
 ) -> None:
-    made = plan("tiny", format=weight_format)
+    made = plan("tiny", engine="transformers", format=weight_format)
     model = load_model(made, spec, bundled_folder())
     parameter = model.get_parameter(f"{DOWN}.weight")
     components = get_format(weight_format).components(256, 512)
@@ -160,7 +161,7 @@ def test_the_experts_of_a_mixtral_stay_in_16_bits_in_plan_and_memory(
     weight_format: str, tmp_path: Path
 ) -> None:
     folder = random_checkpoint(tmp_path, "mixtral")
-    made, spec = plan(folder, format=weight_format), resolve(str(folder))
+    made, spec = plan(folder, engine="transformers", format=weight_format), resolve(str(folder))
     model = load_model(made, spec, folder)
     experts = [t for t in spec.tensors if t.role is Role.EXPERTS]
     assert len(experts) == 2 * spec.num_hidden_layers

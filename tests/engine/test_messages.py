@@ -24,6 +24,11 @@ VALID_OPTIONS = st.builds(
     temperature=st.floats(0, 100),
     top_k=st.integers(0, 10**6),
     top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.01, 100),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logprobs=st.none() | st.integers(0, 20),
     seed=st.none() | st.integers(0, 2**63 - 1),
 )
 
@@ -45,6 +50,20 @@ def test_options_within_their_bounds_are_accepted_as_they_are(options: SamplingO
         ("top_p", 0.0),
         ("top_p", 1.0001),
         ("top_p", float("nan")),
+        ("min_p", -0.001),
+        ("min_p", 1.001),
+        ("min_p", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", 100.5),
+        ("repetition_penalty", float("inf")),
+        ("repetition_penalty", float("nan")),
+        ("presence_penalty", -2.001),
+        ("presence_penalty", 2.001),
+        ("frequency_penalty", 2.5),
+        ("frequency_penalty", float("nan")),
+        ("logprobs", -1),
+        ("logprobs", 21),
         ("seed", -1),
         ("seed", 2**63),
     ],
@@ -55,6 +74,20 @@ def test_an_option_out_of_bounds_is_refused_with_its_name_and_value(
     with pytest.raises(RequestError) as refused:
         SamplingOptions(**{name: value})  # type: ignore[arg-type]
     assert str(refused.value).startswith(f"{name.replace('_', '-')} {value} must be")
+
+
+def test_a_plain_argmax_is_temperature_0_and_nothing_that_needs_more() -> None:
+    assert SamplingOptions(temperature=0, top_k=5, top_p=0.5, min_p=0.5, seed=1).is_plain_argmax
+    for name, value in (
+        ("temperature", 0.1),
+        ("repetition_penalty", 1.1),
+        ("presence_penalty", -0.1),
+        ("frequency_penalty", 0.1),
+        ("logprobs", 0),
+    ):
+        options = SamplingOptions(**{"temperature": 0, name: value})  # type: ignore[arg-type]
+        assert not options.is_plain_argmax
+        assert options.has_penalties == name.endswith("penalty")
 
 
 @pytest.mark.parametrize("count", [0, -1, MAX_NEW_TOKENS + 1])
@@ -80,6 +113,7 @@ def test_a_request_cannot_be_changed_once_it_was_checked() -> None:
             stop_tokens=frozenset({5}),
         ),
         TokenEvent(request_id="a", token=7),
+        TokenEvent(request_id="a", token=7, logprob=-0.5, top_logprobs=((7, -0.5), (8, -2.0))),
         FinishedEvent(request_id="a", reason="stop", prompt_tokens=2, new_tokens=1),
     ],
 )

@@ -7,9 +7,23 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from oomproof.engine.messages import Event, FinishedEvent, FinishReason, Request, TokenEvent
-from oomproof.engine.model import DEFAULT_MAX_NEW_TOKENS, GenerationDefaults, Message, Model
+from oomproof.engine.messages import (
+    Event,
+    FinishedEvent,
+    FinishReason,
+    Request,
+    SamplingOptions,
+    TokenEvent,
+)
+from oomproof.engine.model import (
+    DEFAULT_MAX_NEW_TOKENS,
+    GenerationDefaults,
+    Message,
+    Model,
+    TokenLogprobs,
+)
 from oomproof.errors import RequestError
 from oomproof.memory.terms import DeviceTerms
 from oomproof.planning.plan import Plan
@@ -78,7 +92,12 @@ class Parrot:
             if token in request.stop_tokens:
                 events.append(self._end(request, "stop"))
                 continue
-            events.append(TokenEvent(request_id=request.id, token=token))
+            wanted = request.sampling.logprobs
+            top = tuple((token + rank, -1.0 - rank) for rank in range(wanted or 0))
+            logprob = None if wanted is None else -1.0
+            events.append(
+                TokenEvent(request_id=request.id, token=token, logprob=logprob, top_logprobs=top)
+            )
             if len(request.prompt_tokens) - len(left) == request.max_new_tokens:
                 events.append(self._end(request, "length"))
         return events
@@ -172,6 +191,66 @@ def test_reading_the_last_stream_first_gives_each_its_own_answer() -> None:
     assert ["".join(stream) for stream in reversed(streams)] == ["three", "two", "one"]
 
 
+@pytest.mark.parametrize("stop", ["lo w", ["zz", "lo w", "world"]])
+def test_an_answer_is_cut_before_a_stop_string_and_its_request_ended(stop: str | list[str]) -> None:
+    model, engine = parrot()
+    stream = model.stream("hello world", raw=True, stop=stop)
+    assert "".join(stream) == "hel"
+    assert (stream.text, stream.finish_reason) == ("hel", "stop")
+    assert len(stream.tokens) == len("hello w")
+    assert engine.idle
+    assert stream.finished_s is not None
+    stream.cancel()
+    assert stream.finish_reason == "stop"
+
+
+def test_what_only_looked_like_a_stop_string_is_part_of_the_answer() -> None:
+    model, _ = parrot()
+    stream = model.stream("ab abc", raw=True, stop="abcd")
+    assert "".join(stream) == "ab abc"
+    assert stream.finish_reason == "stop"
+    cancelled = model.stream("abcd", raw=True, stop="abcx")
+    while len(cancelled.tokens) < 2:
+        model.advance()
+    cancelled.cancel()
+    assert (cancelled.text, cancelled.finish_reason) == ("ab", "cancelled")
+
+
+@pytest.mark.parametrize(
+    ("bound", "text", "reason"), [(4, "a", "stop"), (3, "abc", "length"), (5, "a", "stop")]
+)
+def test_a_stop_string_goes_before_the_bound(bound: int, text: str, reason: str) -> None:
+    model, engine = parrot()
+    stream = model.stream("abcdefgh", raw=True, stop="bcd", max_new_tokens=bound)
+    assert ("".join(stream), stream.finish_reason) == (text, reason)
+    assert engine.idle
+
+
+def test_a_stop_string_that_another_one_might_have_begun_before_counts_at_the_end() -> None:
+    stream = parrot()[0].stream("xabc", raw=True, stop=["abcd", "c"])
+    assert ("".join(stream), stream.finish_reason) == ("xab", "stop")
+
+
+def test_a_stop_string_of_one_stream_leaves_the_others_alone() -> None:
+    model, _ = parrot(slots=2)
+    streams = [model.stream("one two", raw=True, stop=" "), model.stream("one two", raw=True)]
+    assert ["".join(stream) for stream in streams] == ["one", "one two"]
+
+
+def test_log_probabilities_come_with_the_tokens_where_they_are_asked_for() -> None:
+    model, _ = parrot()
+    stream = model.stream("ab", raw=True, logprobs=2)
+    assert stream.logprobs == []
+    list(stream)
+    assert stream.logprobs == [
+        TokenLogprobs(token=token, logprob=-1.0, top=((token, -1.0), (token + 1, -2.0)))
+        for token in (ord("a"), ord("b"))
+    ]
+    unasked = model.stream("ab", raw=True)
+    list(unasked)
+    assert unasked.logprobs == []
+
+
 def test_many_prompts_are_answered_in_their_order() -> None:
     model, engine = parrot(slots=2)
     prompts = [f"prompt {number}" for number in range(7)]
@@ -240,26 +319,58 @@ def test_a_conversation_cannot_be_raw_and_the_reason_given_is_true() -> None:
 
 
 def test_the_models_own_sampling_options_hold_where_none_are_asked_for() -> None:
-    defaults = GenerationDefaults(temperature=0.3, top_k=7, top_p=0.8)
-    model, engine = parrot(defaults)
+    own = {"temperature": 0.3, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.05}
+    asked = {
+        "temperature": 0,
+        "top_k": 0,
+        "top_p": 1,
+        "min_p": 0,
+        "repetition_penalty": 1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "seed": 5,
+        "logprobs": 2,
+    }
+    model, engine = parrot(GenerationDefaults(**own))  # type: ignore[arg-type]
     model.stream("a", raw=True)
-    model.stream("a", raw=True, temperature=0, top_k=0, top_p=1, seed=5)
-    own, asked = (request.sampling for request in engine.submitted)
-    assert (own.temperature, own.top_k, own.top_p, own.seed) == (0.3, 7, 0.8, None)
-    assert (asked.temperature, asked.top_k, asked.top_p, asked.seed) == (0, 0, 1, 5)
+    model.stream("a", raw=True, **asked)  # type: ignore[arg-type]
+    found = [request.sampling for request in engine.submitted]
+    assert found == [SamplingOptions(**own), SamplingOptions(**asked)]  # type: ignore[arg-type]
 
 
 def test_a_model_without_options_of_its_own_samples_plainly() -> None:
     model, engine = parrot()
     model.stream("a", raw=True)
-    sampling = engine.submitted[0].sampling
-    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 1.0)
+    assert engine.submitted[0].sampling == SamplingOptions()
 
 
 def test_stop_tokens_of_the_model_are_read_as_one_or_several() -> None:
     assert GenerationDefaults().stop_tokens == frozenset()
     assert GenerationDefaults(eos_token_id=3).stop_tokens == {3}
     assert GenerationDefaults(eos_token_id=(3, 4)).stop_tokens == {3, 4}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"min_p": 2}',
+        '{"min_p": NaN}',
+        '{"min_p": "low"}',
+        '{"repetition_penalty": 0}',
+        '{"repetition_penalty": NaN}',
+        '{"repetition_penalty": 1e999}',
+    ],
+)
+def test_a_models_own_options_are_read_strictly(text: str) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(GenerationDefaults).validate_json(text)
+
+
+def test_a_models_own_options_may_be_null() -> None:
+    read = TypeAdapter(GenerationDefaults).validate_json
+    assert read('{"repetition_penalty": 1.05, "min_p": null}') == GenerationDefaults(
+        repetition_penalty=1.05
+    )
 
 
 def test_an_answer_is_bounded_by_512_tokens_or_by_the_room_that_is_left() -> None:
@@ -277,6 +388,10 @@ def test_an_option_out_of_bounds_is_refused_before_the_engine_sees_it() -> None:
         model.stream("a", temperature=-1)
     with pytest.raises(RequestError, match="prompt is empty"):
         model.stream("", raw=True)
+    with pytest.raises(RequestError, match="logprobs 21"):
+        model.stream("a", logprobs=21)
+    with pytest.raises(RequestError, match="17 stop strings"):
+        model.stream("a", stop=["a"] * 17)
     assert engine.submitted == []
 
 

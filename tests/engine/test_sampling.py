@@ -81,7 +81,7 @@ def counts_of(prompt: Sequence[int], answer: Sequence[int], vocab_size: int) -> 
     return counts
 
 
-def draw(logits: torch.Tensor, count: int = 1, **options: float | None) -> list[int]:
+def draw(logits: torch.Tensor, count: int = 1, /, **options: float) -> list[int]:
     sampler = RequestSampler(SamplingOptions(**options), CPU, ())  # type: ignore[arg-type]
     return [sampler.sample(logits) for _ in range(count)]
 
@@ -127,7 +127,7 @@ def test_every_token_drawn_is_one_that_its_penalties_and_filters_allow(
     ],
 )
 def test_draws_follow_the_probabilities(options: SamplingOptions) -> None:
-    logits, draws = [2.0, -1.0, 1.5, 0.0, 0.5, 1.5, -3.0, 1.0], 3000
+    logits, draws = [2.0, -1.0, 1.5, 0.0, 0.5, 1.5, -3.0, 1.0], 2000
     sampler = RequestSampler(options, CPU, ())
     found = [sampler.sample(torch.tensor(logits)) for _ in range(draws)]
     for token, share in enumerate(probabilities(logits, options)):
@@ -171,8 +171,8 @@ def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
 
 
 def test_equal_tokens_are_drawn_equally_often() -> None:
-    found = draw(torch.zeros(4), 4000, seed=1, top_p=0.1, top_k=1)
-    assert all(900 < found.count(token) < 1100 for token in range(4))
+    found = draw(torch.zeros(4), 2000, seed=1, top_p=0.1, top_k=1)
+    assert all(420 < found.count(token) < 580 for token in range(4))
 
 
 def test_a_lower_temperature_prefers_the_likely_tokens() -> None:

@@ -10,7 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
-from oomproof.engine.text import IncrementalDecoder
+from oomproof.engine.text import (
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    IncrementalDecoder,
+    StopScanner,
+    read_stops,
+)
+from oomproof.errors import RequestError
 from oomproof.models.resolve import bundled_folder
 
 Decode = Callable[[Sequence[int]], str]
@@ -107,3 +114,83 @@ def test_a_piece_is_held_back_only_until_its_character_is_whole() -> None:
         return bytes(tokens).decode(errors="replace")
 
     assert pieces_of("a€b".encode(), decode) == ["a", "", "", "€", "b", ""]
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """What is before the first stop string."""
+    places = [text.find(stop) for stop in stops]
+    return text[: min((place for place in places if place >= 0), default=len(text))]
+
+
+STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
+PIECES = st.lists(st.text("abc", max_size=4), max_size=12)
+
+
+@settings(deadline=None, derandomize=True, max_examples=500)
+@given(PIECES, STOPS)
+@example(["ab", "a", "b"], ["abb", "ba"])
+@example(["a", "b", "c", "d"], ["abcd", "c"])
+@example(["ab", "cx"], ["abcd", "c"])
+@example(["aaab"], ["aab"])
+@example(["ab", "c"], ["abcd", "c"])
+def test_what_is_handed_out_is_cut_at_the_first_stop_string_whatever_the_borders(
+    pieces: list[str], stops: list[str]
+) -> None:
+    scanner, handed, whole = StopScanner(stops), "", "".join(pieces)
+    longest = max((len(stop) for stop in stops), default=1)
+    for number, piece in enumerate(pieces):
+        handed += scanner.push(piece)
+        so_far = "".join(pieces[: number + 1])
+        assert cut(whole, stops).startswith(handed)
+        if not scanner.found:
+            assert len(so_far) - len(handed) < longest
+    handed += scanner.flush()
+    assert handed == cut(whole, stops)
+    assert scanner.found == (cut(whole, stops) != whole)
+    if scanner.found:
+        assert scanner.push("more") == ""
+
+
+def test_text_that_may_become_a_stop_string_waits_and_other_text_does_not() -> None:
+    scanner = StopScanner(["\nUser:"])
+    assert [scanner.push(piece) for piece in ("Hello\n", "Us", "ers", "!\nUser", ": x", "y")] == [
+        "Hello",
+        "",
+        "\nUsers",
+        "!",
+        "",
+        "",
+    ]
+    assert scanner.found
+
+
+def test_without_stop_strings_every_piece_goes_through() -> None:
+    scanner = StopScanner(())
+    assert (scanner.push("a"), scanner.push(""), scanner.flush(), scanner.found) == (
+        "a",
+        "",
+        "",
+        False,
+    )
+
+
+def test_stop_strings_are_given_as_none_one_or_several() -> None:
+    assert read_stops(None) == ()
+    assert read_stops("###") == ("###",)
+    assert read_stops(["a", "b"]) == ("a", "b")
+    assert len(read_stops(["a" * MAX_STOP_CHARACTERS] * MAX_STOPS)) == MAX_STOPS
+
+
+@pytest.mark.parametrize(
+    ("stop", "named"),
+    [
+        ("", "0 characters"),
+        (["fine", ""], "0 characters"),
+        ("a" * (MAX_STOP_CHARACTERS + 1), "1,001 characters"),
+        (["a"] * (MAX_STOPS + 1), "17 stop strings"),
+        (["a", 5], "not int"),
+    ],
+)
+def test_stop_strings_beyond_the_bounds_are_refused(stop: Any, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        read_stops(stop)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oomproof.errors import InputError
-from oomproof.formats import FORMATS, DType, get_format
+from oomproof.formats import DType, get_format
 from oomproof.hardware.describe import describe
 from oomproof.hardware.spec import DeviceSpec
 from oomproof.memory.model import Demand, MemoryModel, WeightCosts
@@ -27,6 +27,8 @@ from oomproof.planning.shortfall import least_shortfall
 from oomproof.units import GIB
 
 GB = 10**9
+
+both = pytest.mark.parametrize("engine", ["native", "transformers"])
 
 
 @cache
@@ -68,45 +70,61 @@ def test_weights_are_those_the_field_measured(
     [("llama-3.1-8b", 131_072), ("llama-3.1-70b", 327_680), ("llama-3.1-405b", 516_096)],
 )
 def test_the_kv_cache_of_a_token_is_exact(name: str, per_token: int) -> None:
-    spec = spec_of(name)
-    plan = planned(name, "16x192GiB", format="bf16", context=131_072)
-    overhead = 512 * spec.num_hidden_layers
-    kv_cache = sum(device.terms.kv_cache for device in plan.devices)
-    assert kv_cache == per_token * 131_072 + overhead
+    # transformers' static caches keep a counter a layer besides; our pages hold nothing else.
+    counters = 512 * spec_of(name).num_hidden_layers
+    for engine, besides in (("native", 0), ("transformers", counters)):
+        plan = planned(name, "16x192GiB", format="bf16", context=131_072, engine=engine)
+        kv_cache = sum(device.terms.kv_cache for device in plan.devices)
+        assert kv_cache == per_token * 131_072 + besides
+
+
+def test_an_fp8_cache_takes_half_of_it_and_is_kept_on_any_gpu_of_ours() -> None:
+    for gpu in ("A100-80GB", "RTX 3090", "H100"):
+        wide, narrow = (
+            planned("llama-3.1-8b", gpu, format="nf4", kv_format=kv).devices[0].terms.kv_cache
+            for kv in ("bf16", "fp8")
+        )
+        assert wide == 2 * narrow == 131_072 * 8192
+        assert planned("llama-3.1-8b", gpu, format="nf4", kv_format="fp8").runnable
 
 
 def test_405b_nf4_dq_weights_are_200_8_gib() -> None:
     assert weights_bytes("llama-3.1-405b", "nf4-dq") / GIB == pytest.approx(200.8, abs=0.1)
 
 
-def test_405b_nf4_dq_fits_on_three_cards_of_80_gib() -> None:
-    plan = planned("llama-3.1-405b", "3x80GiB", format="nf4-dq")
+@both
+def test_405b_nf4_dq_fits_on_three_cards_of_80_gib(engine: str) -> None:
+    plan = planned("llama-3.1-405b", "3x80GiB", format="nf4-dq", engine=engine)
     assert plan.fits
     assert plan.pipeline == 3
     assert plan.max_context >= 8192
 
 
-def test_70b_nf4_dq_fits_on_one_card_of_40_gib_with_a_short_context() -> None:
-    plan = planned("llama-3.1-70b", "40GiB", format="nf4-dq", context=2048)
+@both
+def test_70b_nf4_dq_fits_on_one_card_of_40_gib_with_a_short_context(engine: str) -> None:
+    plan = planned("llama-3.1-70b", "40GiB", format="nf4-dq", context=2048, engine=engine)
     assert plan.fits
     assert 2048 <= plan.max_context < 131_072
 
 
-def test_405b_nf4_dq_does_not_fit_on_eight_cards_of_24_gib() -> None:
-    plan = planned("llama-3.1-405b", "8x24GiB", format="nf4-dq")
+@both
+def test_405b_nf4_dq_does_not_fit_on_eight_cards_of_24_gib(engine: str) -> None:
+    plan = planned("llama-3.1-405b", "8x24GiB", format="nf4-dq", engine=engine)
     assert not plan.fits
     needs = sum(device.peak_bytes for device in plan.devices)
     assert plan.shortfall_bytes >= needs - 8 * 24 * GIB > 0
 
 
-def test_8b_nf4_dq_needs_one_of_eight_cards() -> None:
-    plan = planned("llama-3.1-8b", "8x24GiB", format="nf4-dq")
+@both
+def test_8b_nf4_dq_needs_one_of_eight_cards(engine: str) -> None:
+    plan = planned("llama-3.1-8b", "8x24GiB", format="nf4-dq", engine=engine)
     assert plan.fits
     assert [d.index for d in plan.devices_in_use] == [0]
 
 
-def test_405b_bf16_misses_on_eight_a100_by_the_right_number_of_bytes() -> None:
-    plan = planned("llama-3.1-405b", "8xA100-80GB", format="bf16")
+@both
+def test_405b_bf16_misses_on_eight_a100_by_the_right_number_of_bytes(engine: str) -> None:
+    plan = planned("llama-3.1-405b", "8xA100-80GB", format="bf16", engine=engine)
     assert not plan.fits
     usable = sum(device.usable_bytes for device in plan.devices)
     needs = sum(device.peak_bytes for device in plan.devices)
@@ -114,15 +132,21 @@ def test_405b_bf16_misses_on_eight_a100_by_the_right_number_of_bytes() -> None:
     assert needs > weights_bytes("llama-3.1-405b", "bf16")
 
 
-def test_405b_nf4_dq_fits_on_four_a100_with_a_largest_context() -> None:
-    plan = planned("llama-3.1-405b", "4xA100-80GB", format="nf4-dq")
+@both
+def test_405b_nf4_dq_fits_on_four_a100_with_a_largest_context(engine: str) -> None:
+    plan = planned("llama-3.1-405b", "4xA100-80GB", format="nf4-dq", engine=engine)
     assert plan.fits
     assert plan.max_context % 256 == 0
-    assert planned("llama-3.1-405b", "4xA100-80GB", format="nf4-dq", context=plan.max_context).fits
+    assert planned(
+        "llama-3.1-405b", "4xA100-80GB", format="nf4-dq", context=plan.max_context, engine=engine
+    ).fits
 
 
-def test_unequal_cards_each_stay_below_their_own_limit() -> None:
-    plan = planned("llama-3.1-70b", "2x24GiB,1x12GiB", format="nf4-dq", context=16_384)
+@both
+def test_unequal_cards_each_stay_below_their_own_limit(engine: str) -> None:
+    plan = planned(
+        "llama-3.1-70b", "2x24GiB,1x12GiB", format="nf4-dq", context=16_384, engine=engine
+    )
     assert plan.fits
     for device in plan.devices:
         assert device.peak_bytes <= device.usable_bytes
@@ -135,22 +159,28 @@ def test_a_mixture_counts_its_experts_in_16_bits() -> None:
 
 def test_auto_takes_the_best_format_that_fits_and_says_why_not_a_better_one() -> None:
     plan = planned("llama-3.1-8b", "12GiB")
-    assert plan.format == "llm-int8"
+    assert (plan.format, plan.engine) == ("int8", "native")
+    assert [reason.split()[0] for reason in plan.reasons if "does not fit" in reason] == ["bf16"]
+    plan = planned("llama-3.1-8b", "12GiB", engine="transformers")
+    assert (plan.format, plan.engine) == ("llm-int8", "transformers")
     assert any(reason.startswith("bf16 does not fit") for reason in plan.reasons)
-    assert any("int8 would fit, but" in reason for reason in plan.reasons)
+    assert any(reason.startswith("int8 would fit, but") for reason in plan.reasons)
 
 
-def test_auto_context_is_the_largest_that_fits() -> None:
-    plan = planned("llama-3.1-8b", "12GiB", format="nf4-dq", context="auto")
+@both
+def test_auto_context_is_the_largest_that_fits(engine: str) -> None:
+    plan = planned("llama-3.1-8b", "12GiB", format="nf4-dq", context="auto", engine=engine)
     assert plan.context == plan.max_context
     beyond = plan.context + 256
-    assert not planned("llama-3.1-8b", "12GiB", format="nf4-dq", context=beyond).fits
+    assert not planned("llama-3.1-8b", "12GiB", format="nf4-dq", context=beyond, engine=engine).fits
 
 
 def test_fp8_below_its_capability_is_refused_with_the_reason() -> None:
     plan = planned("llama-3.1-8b", "A100-80GB", format="fp8")
     assert not plan.runnable
-    assert any("fp8" in reason for reason in plan.reasons)
+    assert plan.not_runnable in plan.reasons
+    assert plan.not_runnable == ("fp8 needs compute capability 8.9, NVIDIA A100-SXM4-80GB has 8.0")
+    assert planned("llama-3.1-8b", "RTX 4090", format="fp8").runnable
 
 
 def test_a_gpu_without_bfloat16_computes_in_float16() -> None:
@@ -186,7 +216,13 @@ def test_the_json_has_the_promised_keys_and_comes_back_equal() -> None:
 
 
 def test_a_device_map_names_every_layer_once() -> None:
-    plan = planned("llama-3.1-70b", "2x24GiB,1x12GiB", format="nf4-dq", context=16_384)
+    plan = planned(
+        "llama-3.1-70b",
+        "2x24GiB,1x12GiB",
+        format="nf4-dq",
+        context=16_384,
+        engine="transformers",
+    )
     placed = plan.to_transformers()["device_map"]
     layers = {f"model.layers.{i}" for i in range(80)}
     assert layers <= placed.keys()
@@ -195,46 +231,50 @@ def test_a_device_map_names_every_layer_once() -> None:
 
 
 def test_a_tied_head_stays_with_the_embedding() -> None:
-    plan = planned("llama-3.2-3b", "1x4GiB,1x5GiB", format="bf16", context=1024)
+    plan = planned(
+        "llama-3.2-3b", "1x4GiB,1x5GiB", format="bf16", context=1024, engine="transformers"
+    )
     assert plan.pipeline == 2
     placed = plan.to_transformers()["device_map"]
     assert placed["lm_head"] == placed["model.embed_tokens"]
 
 
-_ORDER = sorted(
-    (name for name, f in FORMATS.items() if name != "fp16"),
-    key=lambda n: FORMATS[n].bits_per_weight,
-)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
+    engine=st.sampled_from(["native", "transformers"]),
     context=st.integers(1, 120_000),
     more=st.integers(0, 10_000),
     concurrency=st.integers(1, 8),
     gibibytes=st.integers(4, 90),
 )
 def test_bytes_never_fall_as_more_is_asked_and_more_memory_never_hurts(
-    context: int, more: int, concurrency: int, gibibytes: int
+    engine: str, context: int, more: int, concurrency: int, gibibytes: int
 ) -> None:
-    def peak(context: int, concurrency: int, name: str) -> int:
-        plan = planned(
-            "llama-3.1-8b", "400GiB", format=name, context=context, concurrency=concurrency
+    def on(gibibytes: int, name: str, context: int, concurrency: int = 1) -> Plan:
+        return planned(
+            "llama-3.1-8b",
+            f"{gibibytes}GiB",
+            format=name,
+            context=context,
+            concurrency=concurrency,
+            engine=engine,
         )
-        return plan.devices[0].peak_bytes
+
+    def peak(context: int, concurrency: int, name: str) -> int:
+        return on(400, name, context, concurrency).devices[0].peak_bytes
 
     assert peak(context, concurrency, "nf4") <= peak(context + more, concurrency, "nf4")
     assert peak(context, concurrency, "nf4") <= peak(context, concurrency + 1, "nf4")
     assert peak(context, 1, "nf4-dq") <= peak(context, 1, "nf4") <= peak(context, 1, "int8")
-    if planned("llama-3.1-8b", f"{gibibytes}GiB", format="nf4", context=context).fits:
-        assert planned("llama-3.1-8b", f"{gibibytes + 1}GiB", format="nf4", context=context).fits
+    if on(gibibytes, "nf4", context).fits:
+        assert on(gibibytes + 1, "nf4", context).fits
 
 
-def _slots(spec: ModelSpec, sizes: list[int]) -> list[Slot]:
+def _slots(spec: ModelSpec, sizes: list[int], engine: str) -> list[Slot]:
     hardware = describe(",".join(["1x24GiB"] * len(sizes)))
     slots = []
     for device, size in zip(hardware.devices, sizes, strict=True):
-        profile = engine_profile("transformers", device, hardware.host)
+        profile = engine_profile(engine, device, hardware.host)
         costs = WeightCosts(spec, get_format("nf4"), profile, DType.BFLOAT16)
         demand = Demand(context=512, concurrency=1, kv_dtype=DType.BFLOAT16)
         slots.append(_slot(device, size, MemoryModel(costs, demand)))
@@ -265,10 +305,13 @@ def _brute_force(slots: list[Slot]) -> int:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(900, 2600), min_size=1, max_size=3))
-def test_placement_equals_brute_force_on_small_cases(mebibytes: list[int]) -> None:
+@given(
+    st.sampled_from(["native", "transformers"]),
+    st.lists(st.integers(900, 2600), min_size=1, max_size=3),
+)
+def test_placement_equals_brute_force_on_small_cases(engine: str, mebibytes: list[int]) -> None:
     spec = _small_llama()
-    slots = _slots(spec, [size * 2**20 for size in mebibytes])
+    slots = _slots(spec, [size * 2**20 for size in mebibytes], engine)
     expected = _brute_force(slots)
     found = place_fastest(slots) or least_shortfall(slots)
     assert can_place(slots) == (expected == 0)
@@ -290,8 +333,9 @@ def _small_llama() -> ModelSpec:
     return build_spec(config, id="small", source=spec_of("tiny").source, file="config.json")
 
 
-def test_every_range_costs_what_its_terms_say() -> None:
-    [slot] = _slots(_small_llama(), [2**40])
+@both
+def test_every_range_costs_what_its_terms_say(engine: str) -> None:
+    [slot] = _slots(_small_llama(), [2**40], engine)
     model = slot.model
     for first in range(model.num_units):
         for end, peak in enumerate(model.peaks_from(first), first + 1):

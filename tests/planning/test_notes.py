@@ -42,9 +42,14 @@ NOTE = CalibrationNote(
 )
 
 
-def planned(*notes: CalibrationNote, format_name: str = "nf4-dq", gpus: str = "H200") -> Plan:
-    request = PlanRequest(format=format_name)
-    return make_plan(resolve("llama-3.1-8b"), describe(gpus), request, Notes(notes))
+engines = pytest.mark.parametrize("engine", ["native", "transformers"])
+
+
+def planned(
+    *notes: CalibrationNote, engine: str = "transformers", format_name: str = "nf4-dq"
+) -> Plan:
+    request = PlanRequest(format=format_name, engine=engine)
+    return make_plan(resolve("llama-3.1-8b"), describe("H200"), request, Notes(notes))
 
 
 def test_notes_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -92,57 +97,87 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
         write_notes([NOTE], tmp_path / "file" / "calibration.jsonl")
 
 
-def test_the_measured_context_takes_the_place_of_the_catalogued_one() -> None:
-    [device] = planned(NOTE).devices
-    assert 700 * MIB < device.terms.cuda_context < planned().devices[0].terms.cuda_context
-    larger = replace(NOTE, cuda_context_bytes=900 * MIB)
-    assert planned(NOTE, larger).devices[0].terms.cuda_context > 900 * MIB
+@engines
+def test_the_measured_context_takes_the_place_of_the_catalogued_one(engine: str) -> None:
+    note = replace(NOTE, engine=engine, cuda_context_bytes=600 * MIB)
+    [catalogued] = planned(engine=engine).devices
+    [device] = planned(note, engine=engine).devices
+    assert 600 * MIB < device.terms.cuda_context < catalogued.terms.cuda_context
+    larger = replace(note, cuda_context_bytes=900 * MIB)
+    assert planned(note, larger, engine=engine).devices[0].terms.cuda_context > 900 * MIB
 
 
-def test_a_workspace_that_was_exceeded_is_planned_with_what_it_lacked() -> None:
-    base = planned(replace(NOTE, workspace_excess_bytes=0)).devices[0].terms
-    lacked = replace(NOTE, workspace_excess_bytes=100 * MIB)
-    assert planned(lacked).devices[0].terms.workspace == base.workspace + 100 * MIB
-    assert planned(NOTE).devices[0].terms.workspace == base.workspace
+@engines
+def test_a_workspace_that_was_exceeded_is_planned_with_what_it_lacked(engine: str) -> None:
+    def workspace(excess_bytes: int) -> int:
+        note = replace(NOTE, engine=engine, workspace_excess_bytes=excess_bytes)
+        return planned(note, engine=engine).devices[0].terms.workspace
+
+    assert workspace(100 * MIB) == workspace(0) + 100 * MIB
+    assert workspace(-50 * MIB) == workspace(0)
 
 
-def test_a_failed_rehearsal_makes_the_next_plan_larger() -> None:
+@engines
+def test_a_failed_rehearsal_makes_the_next_plan_larger(engine: str) -> None:
     failed = replace(
-        NOTE, failed="out of memory while running", workspace_excess_bytes=2**30, decode_factor=None
+        NOTE,
+        engine=engine,
+        failed="out of memory while running",
+        workspace_excess_bytes=2**30,
+        decode_factor=None,
     )
-    assert planned(failed).devices[0].peak_bytes > planned().devices[0].peak_bytes
+    before, after = (planned(*notes, engine=engine).devices[0] for notes in ((), (failed,)))
+    assert after.peak_bytes > before.peak_bytes
 
 
-def test_speeds_are_corrected_by_the_median_of_what_was_timed() -> None:
-    base = planned().tokens_per_second
-    found = planned(NOTE).tokens_per_second
+@engines
+def test_speeds_are_corrected_by_the_median_of_what_was_timed(engine: str) -> None:
+    note = replace(NOTE, engine=engine)
+    base = planned(engine=engine).tokens_per_second
+    found = planned(note, engine=engine).tokens_per_second
     assert base.decode is not None
     assert found.decode == pytest.approx(base.decode / 1.25, rel=0.01)
     assert base.prefill is not None
     assert found.prefill == pytest.approx(base.prefill / 0.8, rel=0.01)
-    several = [replace(NOTE, decode_factor=factor) for factor in (1.0, 1.25, 9.0)]
-    assert planned(*several).tokens_per_second.decode == found.decode
+    several = [replace(note, decode_factor=factor) for factor in (1.0, 1.25, 9.0)]
+    assert planned(*several, engine=engine).tokens_per_second.decode == found.decode
 
 
-def test_notes_of_another_device_engine_or_kind_do_not_count() -> None:
-    base = planned()
-    for other in (
-        replace(NOTE, device="NVIDIA A100-SXM4-80GB"),
-        replace(NOTE, engine="native"),
+@pytest.mark.parametrize(
+    ("engine", "other"), [("native", "transformers"), ("transformers", "native")]
+)
+def test_notes_of_another_device_engine_or_kind_do_not_count(engine: str, other: str) -> None:
+    note = replace(NOTE, engine=engine)
+    base = planned(engine=engine)
+    for strange in (
+        replace(note, device="NVIDIA A100-SXM4-80GB"),
+        replace(note, engine=other),
     ):
-        assert planned(other) == base
-    bf16 = planned(NOTE, format_name="bf16")
-    assert bf16.tokens_per_second == planned(format_name="bf16").tokens_per_second
+        assert planned(strange, engine=engine) == base
+    bf16 = planned(note, engine=engine, format_name="bf16")
+    assert bf16.tokens_per_second == planned(engine=engine, format_name="bf16").tokens_per_second
     # The context does not depend on the weights.
-    assert bf16.devices[0].terms.cuda_context == planned(NOTE).devices[0].terms.cuda_context
+    [measured] = planned(note, engine=engine).devices
+    assert bf16.devices[0].terms.cuda_context == measured.terms.cuda_context
 
 
-def test_a_plan_says_that_it_was_calibrated() -> None:
-    assert (
-        "calibrated by 1 rehearsal on NVIDIA H200, the last one of 2026-11-21"
-        in planned(NOTE).reasons
-    )
-    assert not [reason for reason in planned().reasons if "calibrated" in reason]
+def test_the_engine_that_is_chosen_brings_its_own_notes() -> None:
+    """int8 is our own engine's and llm-int8 is not: each is planned with what it left behind."""
+    native = replace(NOTE, engine="native", cuda_context_bytes=500 * MIB)
+    theirs = replace(NOTE, cuda_context_bytes=600 * MIB)
+    contexts = {
+        name: planned(native, theirs, engine="auto", format_name=name).devices[0].terms.cuda_context
+        for name in ("int8", "llm-int8")
+    }
+    assert 500 * MIB < contexts["int8"] < 600 * MIB < contexts["llm-int8"] < 700 * MIB
+
+
+@engines
+def test_a_plan_says_that_it_was_calibrated(engine: str) -> None:
+    note = replace(NOTE, engine=engine)
+    said = "calibrated by 1 rehearsal on NVIDIA H200, the last one of 2026-11-21"
+    assert said in planned(note, engine=engine).reasons
+    assert not [r for r in planned(engine=engine).reasons if "calibrated" in r]
 
 
 def test_every_format_has_a_kind() -> None:

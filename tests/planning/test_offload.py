@@ -10,6 +10,7 @@ import pytest
 from oomproof.errors import InputError
 from oomproof.hardware.describe import describe
 from oomproof.models.resolve import resolve
+from oomproof.planning.explain import NOT_STREAMED
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
@@ -33,9 +34,33 @@ def test_405b_on_eight_cards_of_24_gib_fits_with_layers_in_host_memory_at_a_pric
     offloaded = plan.host.terms.offloaded
     assert refused.shortfall_bytes < offloaded < refused.shortfall_bytes + 8 * layer
     assert all(device.peak_bytes <= device.usable_bytes for device in plan.devices)
+    assert plan.runnable
     assert plan.refused is not None
     assert "under 1" in plan.refused
-    assert not plan.runnable
+
+
+def test_layers_in_host_memory_are_priced_for_transformers_and_not_run() -> None:
+    plan = planned("llama-3.1-70b", "24GiB", format="nf4-dq", offload="cpu", engine="transformers")
+    assert (plan.fits, plan.offload, plan.runnable) == (True, "cpu", False)
+    assert plan.not_runnable == NOT_STREAMED
+    assert NOT_STREAMED in plan.reasons
+    ours = planned("llama-3.1-70b", "24GiB", format="nf4-dq", offload="cpu")
+    assert (ours.offload, ours.engine, ours.not_runnable) == ("cpu", "native", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("llama-3.1-70b", {"format": "fp8"}, "fp8 needs compute capability 8.9"),
+        ("gemma-2-27b", {"format": "bf16", "engine": "native"}, "no decoder of this family"),
+    ],
+)
+def test_streaming_makes_nothing_runnable_that_is_not_without_it(
+    name: str, options: dict[str, str], said: str
+) -> None:
+    plan = planned(name, "1x RTX 3090", offload="cpu", context=1024, **options)
+    assert (plan.fits, plan.offload, plan.runnable) == (True, "cpu", False)
+    assert said in (plan.not_runnable or "")
 
 
 def test_force_accepts_a_slow_plan_and_nothing_that_does_not_fit() -> None:
@@ -111,9 +136,11 @@ def test_auto_takes_the_best_quality_that_is_not_too_slow() -> None:
     assert plan.fits
     assert plan.tokens_per_second.decode is not None
     assert plan.tokens_per_second.decode >= MIN_TOKENS_PER_SECOND
-    better = planned("llama-3.1-70b", "RTX 4090", offload="cpu", context=4096, format="llm-int8")
-    assert (better.tokens_per_second.decode or 0) < MIN_TOKENS_PER_SECOND
-    assert plan.format == "nf4"
+    for name in ("bf16", "int8", "fp8"):
+        better = planned("llama-3.1-70b", "RTX 4090", offload="cpu", context=4096, format=name)
+        assert (better.fits, better.runnable) == (True, True)
+        assert (better.tokens_per_second.decode or 0) < MIN_TOKENS_PER_SECOND
+    assert (plan.format, plan.runnable) == ("nf4", True)
     smaller = planned("llama-3.1-8b", "RTX 3070", offload="cpu", context=2048)
     assert smaller.fits
     assert (smaller.tokens_per_second.decode or 0) >= MIN_TOKENS_PER_SECOND

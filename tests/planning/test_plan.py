@@ -171,7 +171,7 @@ def test_a_cap_is_recorded() -> None:
 
 
 def test_to_transformers_of_a_plan_is_the_hand_off() -> None:
-    plan = planned("llama-3.1-8b", "24GiB", format="nf4-dq")
+    plan = planned("llama-3.1-8b", "24GiB", format="nf4-dq", engine="transformers")
     assert plan.to_transformers()["device_map"] == {"": 0}
 
 

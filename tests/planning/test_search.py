@@ -23,10 +23,11 @@ from oomproof.planning.explain import misfit, why_not_runnable
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
-from oomproof.units import GIB, MIB
+from oomproof.units import GIB, MIB, format_bytes
 from tests.models.configs import SMALL_CONFIGS, spec_of
 
 law = settings(derandomize=True, deadline=None, max_examples=40)
+both = pytest.mark.parametrize("engine", ["native", "transformers"])
 HOST = HostSpec(
     total_ram_bytes=64 * GIB, available_ram_bytes=60 * GIB, free_disk_bytes=None, cpu_count=8
 )
@@ -56,7 +57,7 @@ def least_shortfall(spec: ModelSpec, format_name: str, plan: Plan) -> int:
     """The fewest missing bytes on equal devices, by dynamic programming over terms()."""
     [usable] = {device.usable_bytes for device in plan.devices}
     device = describe("A100-80GB" if "A100" in plan.devices[0].name else "24GiB").devices[0]
-    profile = engine_profile("transformers", device, HOST)
+    profile = engine_profile(plan.engine, device, HOST)
     costs = WeightCosts(spec, FORMATS[format_name], profile, DType.BFLOAT16)
     demand = Demand(context=plan.context, concurrency=1, kv_dtype=DType.BFLOAT16)
     model = MemoryModel(costs, demand)
@@ -78,28 +79,31 @@ def least_shortfall(spec: ModelSpec, format_name: str, plan: Plan) -> int:
 # --- the acid cases
 
 
-def test_405b_nf4_dq_fits_on_three_cards_of_80_gib() -> None:
-    plan = planned("llama-3.1-405b", "3x80GiB", format="nf4-dq")
+@both
+def test_405b_nf4_dq_fits_on_three_cards_of_80_gib(engine: str) -> None:
+    plan = planned("llama-3.1-405b", "3x80GiB", format="nf4-dq", engine=engine)
     assert plan.fits
     weights = sum(device.terms.weights for device in plan.devices)
     assert weights / GIB == pytest.approx(200.8, abs=0.1)
     assert max(device.peak_bytes for device in plan.devices) < 75 * GIB
     assert plan.max_context >= 32_768
-    assert planned("llama-3.1-405b", "3x80GiB", format="auto").format == "nf4"
+    assert planned("llama-3.1-405b", "3x80GiB", format="auto", engine=engine).format == "nf4"
 
 
-def test_70b_nf4_dq_fits_on_one_card_of_40_gib_with_a_short_context_only() -> None:
-    short = planned("llama-3.1-70b", "40GiB", format="nf4-dq", context=2048)
+@both
+def test_70b_nf4_dq_fits_on_one_card_of_40_gib_with_a_short_context_only(engine: str) -> None:
+    short = planned("llama-3.1-70b", "40GiB", format="nf4-dq", context=2048, engine=engine)
     assert short.fits
     assert short.devices[0].terms.weights / GIB == pytest.approx(36.8, abs=0.1)
-    default = planned("llama-3.1-70b", "40GiB", format="nf4-dq")
+    default = planned("llama-3.1-70b", "40GiB", format="nf4-dq", engine=engine)
     assert not default.fits
     assert 2048 <= default.max_context < 8192
     assert f"it would fit with --context {default.max_context}" in default.reasons
 
 
-def test_405b_nf4_dq_on_eight_cards_of_24_gib_misses_by_the_least_sum() -> None:
-    plan = planned("llama-3.1-405b", "8x24GiB", format="nf4-dq")
+@both
+def test_405b_nf4_dq_on_eight_cards_of_24_gib_misses_by_the_least_sum(engine: str) -> None:
+    plan = planned("llama-3.1-405b", "8x24GiB", format="nf4-dq", engine=engine)
     assert (plan.fits, plan.max_context) == (False, 0)
     assert plan.shortfall_bytes == least_shortfall(known("llama-3.1-405b"), "nf4-dq", plan)
 
@@ -118,14 +122,17 @@ def test_405b_nf4_on_ten_cards_of_24_gib_does_not_fit_at_32k() -> None:
     assert sum(device.terms.weights for device in plan.devices) / GIB == pytest.approx(218.2, 0.001)
 
 
-def test_405b_bf16_on_eight_a100_misses_by_the_least_sum() -> None:
-    plan = planned("llama-3.1-405b", "8xA100-80GB", format="bf16")
+@both
+def test_405b_bf16_on_eight_a100_misses_by_the_least_sum(engine: str) -> None:
+    plan = planned("llama-3.1-405b", "8xA100-80GB", format="bf16", engine=engine)
     assert not plan.fits
     assert plan.shortfall_bytes == least_shortfall(known("llama-3.1-405b"), "bf16", plan)
     # 811.7 GB of weights alone are more than the cards have.
     usable = sum(device.usable_bytes for device in plan.devices)
     assert plan.shortfall_bytes > 811_700_000_000 - usable > 100 * GIB
-    assert any("bf16 does not fit: 14" in reason for reason in plan.reasons)
+    missing = format_bytes(plan.shortfall_bytes)
+    said = f"bf16 does not fit: {missing} missing over 8 devices, "
+    assert any(reason.startswith(said) for reason in plan.reasons)
 
 
 def test_405b_nf4_dq_fits_on_four_a100() -> None:
@@ -145,21 +152,48 @@ def test_nf4_leaves_90_gb_of_a_mixtures_experts_in_16_bits() -> None:
 # --- choices
 
 
-def test_auto_takes_the_best_format_that_runs_and_fits_and_says_why_not_a_better_one() -> None:
+TRIED = {
+    "native": ["bf16", "int8", "fp8", "nf4", "nf4-dq"],
+    "transformers": ["bf16", "int8", "llm-int8", "fp8", "nf4", "nf4-dq"],
+}
+"""Engine → what auto tries on a GPU that computes in bfloat16, best first."""
+
+
+@both
+def test_auto_takes_the_best_format_that_runs_and_fits_and_says_why_not_a_better_one(
+    engine: str,
+) -> None:
+    def chosen(free_bytes: int) -> Plan:
+        request = PlanRequest(context=2048, engine=engine)
+        return make_plan(known("llama-3.1-8b"), machine(free_bytes), request)
+
+    def needs(format_name: str) -> int:
+        plan = planned("llama-3.1-8b", "80GiB", context=2048, engine=engine, format=format_name)
+        return plan.devices[0].peak_bytes
+
     expected = {
-        "24GiB": "bf16",
-        "12GiB": "llm-int8",
-        "8GiB": "nf4",
-        "7.2GiB": "nf4-dq",
-        "2GiB": "nf4-dq",
+        24 * GIB: "bf16",
+        12 * GIB: {"native": "int8", "transformers": "llm-int8"}[engine],
+        8 * GIB: "nf4",
+        (needs("nf4") + needs("nf4-dq")) // 2: "nf4-dq",
+        2 * GIB: "nf4-dq",
     }
-    for gpus, format_name in expected.items():
-        plan = planned("llama-3.1-8b", gpus, context=2048)
-        assert plan.format == format_name, gpus
-        better = QUALITY_ORDER[: QUALITY_ORDER.index(format_name)]
-        explained = {reason.split()[0] for reason in plan.reasons}
-        assert explained >= set(better) - {"fp16"}
-        assert plan.fits == (gpus != "2GiB")
+    for free_bytes, format_name in expected.items():
+        plan = chosen(free_bytes)
+        assert plan.format == format_name, free_bytes
+        better = TRIED[engine][: TRIED[engine].index(format_name)]
+        explained = [reason.split()[0] for reason in plan.reasons]
+        assert explained[: len(better)] == better
+        assert plan.fits == (free_bytes > 2 * GIB)
+
+
+@both
+def test_auto_tries_what_its_engine_can_run(engine: str) -> None:
+    plan = planned("llama-3.1-8b", "80GiB", engine=engine)
+    assert [plan.format, *(other.format for other in plan.alternatives)] == TRIED[engine]
+    runnable = {other.format: other.runnable for other in plan.alternatives}
+    ours = engine == "native"
+    assert (runnable["int8"], runnable["fp8"]) == (ours, ours)
 
 
 def test_a_plan_lists_the_other_formats_with_what_they_miss() -> None:
@@ -171,13 +205,17 @@ def test_a_plan_lists_the_other_formats_with_what_they_miss() -> None:
     assert others["nf4-dq"].fits
     assert others["nf4-dq"].shortfall_bytes == 0
     assert others["nf4-dq"].max_context > plan.max_context
-    assert not others["int8"].runnable
+    assert all(other.runnable for other in others.values())
+    plan = planned("llama-3.1-8b", "A100-80GB")
+    runnable = {other.format: other.runnable for other in plan.alternatives}
+    assert runnable == {"int8": True, "fp8": False, "nf4": True, "nf4-dq": True}
     assert planned("llama-3.1-8b", "12GiB", format="nf4").alternatives == ()
 
 
-def test_each_alternative_is_what_a_plan_in_that_format_says() -> None:
-    for other in planned("llama-3.1-8b", "12GiB").alternatives:
-        plan = planned("llama-3.1-8b", "12GiB", format=other.format)
+@both
+def test_each_alternative_is_what_a_plan_in_that_format_says(engine: str) -> None:
+    for other in planned("llama-3.1-8b", "12GiB", engine=engine).alternatives:
+        plan = planned("llama-3.1-8b", "12GiB", format=other.format, engine=engine)
         assert (other.fits, other.runnable, other.max_context, other.shortfall_bytes) == (
             plan.fits,
             plan.runnable,
@@ -204,11 +242,15 @@ def test_bf16_below_capability_8_0_is_not_runnable_and_says_why() -> None:
     assert "bf16 needs compute capability 8.0, Tesla T4 has 7.5" in plan.reasons
 
 
-@pytest.mark.parametrize("format_name", ["fp8", "int8", "int4"])
-def test_a_format_that_no_engine_runs_is_planned_but_not_runnable(format_name: str) -> None:
-    plan = planned("llama-3.1-8b", "H100", format=format_name)
+@pytest.mark.parametrize("format_name", ["fp8", "int8", "int4", "fp32"])
+def test_a_format_that_its_engine_does_not_run_is_planned_but_not_runnable(
+    format_name: str,
+) -> None:
+    plan = planned("llama-3.1-8b", "H100", format=format_name, engine="transformers")
     assert (plan.fits, plan.runnable, plan.format) == (True, False, format_name)
     assert f"{format_name} is not run by the transformers engine on cuda" in plan.reasons
+    ours = planned("llama-3.1-8b", "H100", format=format_name)
+    assert (ours.fits, ours.runnable, ours.engine) == (True, True, "native")
 
 
 @pytest.mark.parametrize(
@@ -223,46 +265,74 @@ def test_a_format_that_no_engine_runs_is_planned_but_not_runnable(format_name: s
 )
 def test_an_engine_that_runs_fp8_needs_capability_8_9(gpu: str, reason: str | None) -> None:
     devices = describe(gpu, host=HOST).devices
-    profiles = [
-        replace(engine_profile("transformers", device, HOST), formats=frozenset({"fp8"}))
-        for device in devices
-    ]
-    found = why_not_runnable(
-        known("llama-3.1-8b"), FORMATS["fp8"], "bf16", DType.BFLOAT16, profiles, devices
+    for engine in ("native", "transformers"):
+        profiles = [
+            replace(engine_profile(engine, device, HOST), formats=frozenset({"fp8"}))
+            for device in devices
+        ]
+        found = why_not_runnable(
+            known("llama-3.1-8b"), FORMATS["fp8"], "bf16", DType.BFLOAT16, profiles, devices
+        )
+        assert found == reason
+
+
+def test_an_fp8_cache_is_kept_by_our_own_engine_and_not_by_transformers() -> None:
+    ours = planned("llama-3.1-8b", "H100", format="bf16", kv_format="fp8")
+    assert (ours.kv_format, ours.runnable, ours.engine) == ("fp8", True, "native")
+    theirs = planned("llama-3.1-8b", "H100", format="bf16", kv_format="fp8", engine="transformers")
+    assert (theirs.kv_format, theirs.runnable) == ("fp8", False)
+    assert "a fp8 KV cache is not kept by the transformers engine" in theirs.reasons
+
+
+@pytest.mark.parametrize("kv_format", ["fp16", "fp32"])
+def test_a_cache_in_another_dtype_than_is_computed_in_is_run_by_our_own_engine_only(
+    kv_format: str,
+) -> None:
+    ours = planned("llama-3.1-8b", "H100", format="bf16", kv_format=kv_format)
+    assert (ours.kv_format, ours.compute_dtype, ours.runnable) == (kv_format, "bfloat16", True)
+    theirs = planned(
+        "llama-3.1-8b", "H100", format="bf16", kv_format=kv_format, engine="transformers"
     )
-    assert found == reason
-
-
-def test_an_fp8_cache_is_not_kept_by_transformers() -> None:
-    plan = planned("llama-3.1-8b", "H100", format="bf16", kv_format="fp8")
-    assert (plan.kv_format, plan.runnable) == ("fp8", False)
-    assert "a fp8 KV cache is not kept by the transformers engine" in plan.reasons
-
-
-def test_a_cache_in_another_dtype_than_is_computed_in_is_not_runnable() -> None:
-    plan = planned("llama-3.1-8b", "H100", format="bf16", kv_format="fp16")
-    assert not plan.runnable
-    assert any("KV cache in the compute dtype" in reason for reason in plan.reasons)
+    assert not theirs.runnable
+    said = {"fp16": "keeps its KV cache in the compute dtype", "fp32": "a fp32 KV cache is not"}
+    assert any(said[kv_format] in reason for reason in theirs.reasons)
 
 
 def test_4_bit_weights_that_bitsandbytes_serves_wrongly_on_a_cpu_are_not_runnable() -> None:
+    request = PlanRequest(format="nf4", engine="transformers")
     host = replace(HOST, cpu_features=frozenset({"avx512_bf16"}))
-    narrow = make_plan(known("llama"), describe("cpu", host=host), PlanRequest(format="nf4"))
+    narrow = make_plan(known("llama"), describe("cpu", host=host), request)
     assert not narrow.runnable
     assert any("want weights of 32 × 64" in reason for reason in narrow.reasons)
     # Its down projection has 96 columns: no whole blocks of 64, with or without packing.
-    unpacked = make_plan(known("llama"), describe("cpu", host=HOST), PlanRequest(format="nf4"))
+    unpacked = make_plan(known("llama"), describe("cpu", host=HOST), request)
     assert not unpacked.runnable
-    assert make_plan(known("llama"), describe("24GiB"), PlanRequest(format="nf4")).runnable
-    wide = make_plan(known("llama-3.2-1b"), describe("cpu", host=host), PlanRequest(format="nf4"))
+    assert make_plan(known("llama"), describe("24GiB"), request).runnable
+    wide = make_plan(known("llama-3.2-1b"), describe("cpu", host=host), request)
     assert wide.runnable
+
+
+@pytest.mark.parametrize("format_name", ["nf4", "nf4-dq", "fp4", "int4", "int8", "fp8"])
+def test_our_own_engine_quantizes_rows_of_any_length_on_a_cpu(format_name: str) -> None:
+    for features in (frozenset[str](), frozenset({"avx512_bf16"})):
+        host = replace(HOST, cpu_features=features)
+        plan = make_plan(
+            known("llama"), describe("cpu", host=host), PlanRequest(format=format_name)
+        )
+        assert (plan.engine, plan.fits, plan.runnable) == ("native", True, True)
 
 
 @pytest.mark.parametrize("name", ["gemma-2-9b", "gpt-oss", "llama-3.1-8b"])
 def test_attention_is_eager_only_where_no_fused_kernel_computes_it(name: str) -> None:
-    plan = planned(name, "80GiB", format="bf16")
+    plan = planned(name, "80GiB", format="bf16", engine="transformers")
     assert plan.attention == ("eager" if known(name).eager_attention else "sdpa")
     assert any(plan.attention in reason.lower() for reason in plan.reasons)
+
+
+def test_attention_of_our_own_engine_is_paged() -> None:
+    plan = planned("llama-3.1-8b", "80GiB", format="bf16")
+    assert plan.attention == "paged"
+    assert "attention is our own, over pages that are allocated at load" in plan.reasons
 
 
 # --- contexts
@@ -429,15 +499,17 @@ def test_a_misfit_of_one_device_says_what_it_needs_and_has() -> None:
 # --- laws
 
 NAMES = st.sampled_from(["llama-3.1-8b", "llama-3.2-1b", "gemma-2-9b", "mixtral-8x7b", "llama"])
+ENGINE_NAMES = st.sampled_from(["auto", "native", "transformers"])
 SIZES = st.lists(st.integers(512 * MIB, 60 * GIB), min_size=1, max_size=3)
 
 
 @law
-@given(NAMES, SIZES, st.sampled_from(["auto", *sorted(FORMATS)]), st.integers(1, 256))
+@given(NAMES, SIZES, st.sampled_from(["auto", *sorted(FORMATS)]), st.integers(1, 256), ENGINE_NAMES)
 def test_a_plan_agrees_with_its_own_devices(
-    name: str, sizes: list[int], format_name: str, context: int
+    name: str, sizes: list[int], format_name: str, context: int, engine: str
 ) -> None:
-    plan = make_plan(known(name), machine(*sizes), PlanRequest(format=format_name, context=context))
+    request = PlanRequest(format=format_name, context=context, engine=engine)
+    plan = make_plan(known(name), machine(*sizes), request)
     missing = [max(0, d.peak_bytes - d.usable_bytes) for d in plan.devices]
     assert plan.shortfall_bytes == sum(missing)
     assert plan.fits == (sum(missing) == 0)
@@ -460,14 +532,15 @@ def test_a_plan_agrees_with_its_own_devices(
     which=st.integers(0, 2),
     more=st.integers(0, 30 * GIB),
     extra=st.integers(0, 30 * GIB),
+    engine=ENGINE_NAMES,
 )
 def test_more_memory_never_hurts(
-    name: str, sizes: list[int], which: int, more: int, extra: int
+    name: str, sizes: list[int], which: int, more: int, extra: int, engine: str
 ) -> None:
     grown = list(sizes)
     grown[which % len(sizes)] += more
     plans = [
-        make_plan(known(name), machine(*each), PlanRequest(context=256))
+        make_plan(known(name), machine(*each), PlanRequest(context=256, engine=engine))
         for each in (sizes, grown, [*sizes, extra])
     ]
     before, *after = plans
@@ -488,12 +561,13 @@ def test_more_memory_never_hurts(
     context=st.integers(1, 250),
     fewer=st.integers(0, 249),
     concurrency=st.integers(1, 32),
+    engine=ENGINE_NAMES,
 )
 def test_what_fits_also_fits_when_less_is_asked(
-    name: str, size: int, context: int, fewer: int, concurrency: int
+    name: str, size: int, context: int, fewer: int, concurrency: int, engine: str
 ) -> None:
     def fits(context: int, concurrency: int) -> bool:
-        request = PlanRequest(format="nf4", context=context, concurrency=concurrency)
+        request = PlanRequest(format="nf4", context=context, concurrency=concurrency, engine=engine)
         return make_plan(known(name), machine(size), request).fits
 
     if fits(context, concurrency):

@@ -62,21 +62,31 @@ def gpu(
 
 @cache
 def memory_model(
-    name: str, format_name: str, context: int = 8192, concurrency: int = 1
+    name: str,
+    format_name: str,
+    context: int = 8192,
+    concurrency: int = 1,
+    engine: str = "transformers",
 ) -> MemoryModel:
-    profile = engine_profile("transformers", gpu(), HOST)
+    profile = engine_profile(engine, gpu(), HOST)
     costs = WeightCosts(known(name), FORMATS[format_name], profile, DType.BFLOAT16)
     demand = Demand(context=context, concurrency=concurrency, kv_dtype=DType.BFLOAT16)
     return MemoryModel(costs, demand)
 
 
-def speed(name: str, format_name: str, *devices: DeviceSpec, **demand: int) -> TokensPerSecond:
+def speed(
+    name: str,
+    format_name: str,
+    *devices: DeviceSpec,
+    engine: str = "transformers",
+    **demand: int,
+) -> TokensPerSecond:
     """Speed with the units spread evenly over the devices."""
-    model = memory_model(name, format_name, **demand)
+    model = memory_model(name, format_name, engine=engine, **demand)
     bounds = [round(model.num_units * i / len(devices)) for i in range(len(devices) + 1)]
     return predict_speed(
         [
-            (SpeedModel("transformers", device, model), bounds[i], bounds[i + 1])
+            (SpeedModel(engine, device, model), bounds[i], bounds[i + 1])
             for i, device in enumerate(devices)
         ]
     )
@@ -87,32 +97,57 @@ def planned(name: str, gpus: str, **options: Any) -> Plan:
 
 
 def test_efficiencies_are_shares_of_the_datasheet_and_dated() -> None:
-    for each in CALIBRATIONS.values():
+    for (engine, _), each in CALIBRATIONS.items():
         assert 0 < each.bandwidth_efficiency <= 1
         assert 0 < each.flops_efficiency <= 1
         assert each.layer_overhead_s > 0
-        assert each.measured.startswith("20")
+        assert each.measured.startswith(
+            "20" if engine == "transformers" else ("20", "not measured")
+        )
 
 
 @pytest.mark.parametrize(
-    ("format_name", "kind"),
+    ("engine", "format_name", "kind"),
     [
-        ("bf16", "16-bit"),
-        ("fp16", "16-bit"),
-        ("llm-int8", "llm-int8"),
-        ("nf4", "4-bit"),
-        ("nf4-dq", "4-bit"),
-        ("fp4", "4-bit"),
+        ("transformers", "bf16", "16-bit"),
+        ("transformers", "fp16", "16-bit"),
+        ("transformers", "llm-int8", "llm-int8"),
+        ("transformers", "nf4", "4-bit"),
+        ("transformers", "nf4-dq", "4-bit"),
+        ("transformers", "fp4", "4-bit"),
+        ("native", "fp32", "16-bit"),
+        ("native", "bf16", "16-bit"),
+        ("native", "int8", "8-bit"),
+        ("native", "fp8", "8-bit"),
+        ("native", "int4", "4-bit"),
+        ("native", "nf4-dq", "4-bit"),
+        ("native", "fp4", "4-bit"),
     ],
 )
-def test_a_format_takes_the_calibration_of_its_kind(format_name: str, kind: str) -> None:
-    found = calibration("transformers", get_format(format_name))
-    assert found is CALIBRATIONS["transformers", kind]
+def test_a_format_takes_the_calibration_of_its_kind(
+    engine: str, format_name: str, kind: str
+) -> None:
+    assert calibration(engine, get_format(format_name)) is CALIBRATIONS[engine, kind]
 
 
-def test_every_format_has_a_calibration() -> None:
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_every_format_has_a_calibration(engine: str) -> None:
+    of_engine = [each for (name, _), each in CALIBRATIONS.items() if name == engine]
     for weight_format in FORMATS.values():
-        assert calibration("transformers", weight_format) in CALIBRATIONS.values()
+        assert calibration(engine, weight_format) in of_engine
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-7b"])
+def test_our_own_engine_reads_the_half_of_the_context_that_is_used_and_copies_nothing(
+    name: str,
+) -> None:
+    # So slow a memory that launches do not matter.
+    found = speed(name, "bf16", gpu(bandwidth=1e10), context=4096, engine="native")
+    model = memory_model(name, "bf16", 4096, engine="native")
+    efficiency = CALIBRATIONS["native", "16-bit"].bandwidth_efficiency
+    seconds = model.traffic_bytes() / efficiency
+    seconds += model.kv_bytes() / 2 / ATTENTION_BANDWIDTH_EFFICIENCY
+    assert found.decode == pytest.approx(1e10 / seconds, rel=0.005)
 
 
 @pytest.mark.parametrize(("name", "copies"), [("llama-3.1-8b", 4), ("llama-2-7b", 1)])
@@ -246,7 +281,7 @@ def test_only_decode_is_predicted_where_a_flop_rate_is_not_known(position: int) 
 def test_the_h200_is_predicted_within_reach_of_what_it_measured(
     name: str, format_name: str, context: int, decode: float, prefill: float
 ) -> None:
-    plan = planned(name, "H200", format=format_name, context=context)
+    plan = planned(name, "H200", format=format_name, context=context, engine="transformers")
     assert plan.tokens_per_second.decode == pytest.approx(decode, rel=0.2)
     assert plan.tokens_per_second.prefill == pytest.approx(prefill, rel=0.25)
 
@@ -266,6 +301,7 @@ def test_figures_have_three_digits() -> None:
     bandwidth=st.floats(1e9, 1e13),
     faster=st.floats(1, 100),
     concurrency=st.integers(1, 8),
+    engine=st.sampled_from(["native", "transformers"]),
 )
 def test_speed_never_beats_the_memory_and_never_falls_with_faster_memory(
     name: str,
@@ -274,17 +310,17 @@ def test_speed_never_beats_the_memory_and_never_falls_with_faster_memory(
     bandwidth: float,
     faster: float,
     concurrency: int,
+    engine: str,
 ) -> None:
     def at(bandwidth: float, context: int = context) -> float:
-        found = speed(
-            name, format_name, gpu(bandwidth=bandwidth), context=context, concurrency=concurrency
-        )
+        device, demand = gpu(bandwidth=bandwidth), {"context": context, "concurrency": concurrency}
+        found = speed(name, format_name, device, engine=engine, **demand)
         assert found.decode is not None
         assert found.decode_total is not None
         assert found.decode_total >= found.decode > 0
         return found.decode
 
-    model = memory_model(name, format_name, context, concurrency)
+    model = memory_model(name, format_name, context, concurrency, engine)
     assert at(bandwidth) <= 1.01 * bandwidth / model.traffic_bytes()
     assert at(bandwidth) <= at(bandwidth * faster)
     assert at(bandwidth, context=8192) <= at(bandwidth)

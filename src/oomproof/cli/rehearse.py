@@ -20,6 +20,8 @@ def rehearse(
     reserve: options.Reserve = None,
     cap: options.Cap = None,
     engine: options.Engine = "auto",
+    offload: options.Offload = "none",
+    force: options.Force = False,
     revision: options.Revision = None,
     note: options.Note = True,
     json: options.Json = False,
@@ -44,6 +46,8 @@ def rehearse(
         reserve=reserve or 0,
         cap=cap,
         engine=engine,
+        offload=offload,
+        force=force,
         revision=revision,
     )
     print_plan_line(made)

@@ -109,7 +109,7 @@ class CheckpointReader:
             self._staging.send(buffer, part)
 
     def _read_into(self, file: BinaryIO, buffer: torch.Tensor, tensor: CheckpointTensor) -> None:
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         while view:
             count = file.readinto(view)  # type: ignore[attr-defined]
             if not count:
@@ -205,7 +205,7 @@ class _Staging:
         """Starts the copy of the acquired buffer to its place on a GPU."""
         target.copy_(buffer, non_blocking=True)
         with torch.cuda.device(target.device):
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()
             event.record()
         self._events[self._turn] = event
         self._turn = 1 - self._turn

@@ -8,7 +8,7 @@ CHUNK_TOKENS = 4096
 """Entries of the vocabulary that one program looks at."""
 GROUP_TOKENS = 32
 """Entries of the vocabulary whose best score is kept, to look only where filters may cut."""
-CANDIDATES = 1024
+CANDIDATES = 256
 """Tokens between the bounds of a filter's search that it ends on."""
 FLOAT_OPTIONS = 8
 """float32 values that a request's options take."""

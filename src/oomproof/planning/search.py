@@ -108,6 +108,8 @@ class Planner:
         not_runnable = why_not_runnable(
             self.spec, weight_format, kv_format, compute_dtype, profiles, self.hardware.devices
         )
+        if streaming and not_runnable is None:
+            not_runnable = self._why_not_streamed(weight_format)
         speeds = [
             self._speed(device, models[profile], weight_format)
             for device, profile in zip(self.hardware.devices, profiles, strict=True)
@@ -130,7 +132,7 @@ class Planner:
             ),
             speeds=tuple(speeds),
             host=host,
-            not_runnable=self._why_not_streamed(weight_format) if streaming else not_runnable,
+            not_runnable=not_runnable,
             streaming=streaming,
         )
 

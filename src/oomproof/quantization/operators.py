@@ -19,9 +19,10 @@ import torch
 
 from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
 from oomproof.quantization import reference
+from oomproof.quantization.library import operator
 
 
-@torch.library.custom_op("oomproof::quantize_4bit", mutates_args=())
+@operator("oomproof::quantize_4bit", mutates_args=())
 def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of a 4-bit table, two to a byte, the first in the high half; and absmax of each block.
 
@@ -44,7 +45,7 @@ def _(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor
     )
 
 
-@torch.library.custom_op("oomproof::quantize_absmax", mutates_args=())
+@operator("oomproof::quantize_absmax", mutates_args=())
 def quantize_absmax(
     absmax: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,7 +71,7 @@ def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-@torch.library.custom_op("oomproof::quantize_rows_int8", mutates_args=())
+@operator("oomproof::quantize_rows_int8", mutates_args=())
 def quantize_rows_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 8-bit integers with a float32 scale a row: int8 [rows, columns], float32 [rows]."""
     return reference.quantize_rows_int8(weight)
@@ -84,7 +85,7 @@ def _(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@torch.library.custom_op("oomproof::quantize_rows_fp8", mutates_args=())
+@operator("oomproof::quantize_rows_fp8", mutates_args=())
 def quantize_rows_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 with a float32 scale a row: float8_e4m3fn [rows, columns], float32 [rows]."""
     return reference.quantize_rows_fp8(weight)
@@ -98,7 +99,7 @@ def _(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@torch.library.custom_op("oomproof::quantize_groups_int4", mutates_args=())
+@operator("oomproof::quantize_groups_int4", mutates_args=())
 def quantize_groups_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 4-bit integers, a bfloat16 scale for each 64 weights of a row.
 
@@ -117,7 +118,7 @@ def _(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@torch.library.custom_op("oomproof::quantize_4bit_out", mutates_args=("codes", "absmax"))
+@operator("oomproof::quantize_4bit_out", mutates_args=("codes", "absmax"))
 def quantize_4bit_out(
     weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, quant_type: str
 ) -> None:
@@ -128,9 +129,7 @@ def quantize_4bit_out(
         into.copy_(part)
 
 
-@torch.library.custom_op(
-    "oomproof::quantize_absmax_out", mutates_args=("codes", "nested_absmax", "offset")
-)
+@operator("oomproof::quantize_absmax_out", mutates_args=("codes", "nested_absmax", "offset"))
 def quantize_absmax_out(
     absmax: torch.Tensor,
     codes: torch.Tensor,
@@ -145,7 +144,7 @@ def quantize_absmax_out(
         into.copy_(part)
 
 
-@torch.library.custom_op("oomproof::quantize_rows_out", mutates_args=("codes", "scale"))
+@operator("oomproof::quantize_rows_out", mutates_args=("codes", "scale"))
 def quantize_rows_out(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
     """`quantize_rows_int8` or `quantize_rows_fp8` into tensors of the sizes that it returns.
 
@@ -157,7 +156,7 @@ def quantize_rows_out(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Te
         into.copy_(part)
 
 
-@torch.library.custom_op("oomproof::quantize_groups_int4_out", mutates_args=("codes", "scale"))
+@operator("oomproof::quantize_groups_int4_out", mutates_args=("codes", "scale"))
 def quantize_groups_int4_out(
     weight: torch.Tensor,
     codes: torch.Tensor,
@@ -180,7 +179,7 @@ def quantize_groups_int4_out(
     scale.copy_(scales)
 
 
-@torch.library.custom_op("oomproof::linear_4bit", mutates_args=("out", "scratch"))
+@operator("oomproof::linear_4bit", mutates_args=("out", "scratch"))
 def linear_4bit(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -202,7 +201,7 @@ def linear_4bit(
     reference.linear_4bit(x, codes, absmax, quant_map, out)
 
 
-@torch.library.custom_op("oomproof::linear_4bit_dq", mutates_args=("out", "scratch"))
+@operator("oomproof::linear_4bit_dq", mutates_args=("out", "scratch"))
 def linear_4bit_dq(  # noqa: PLR0913, PLR0917
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -219,7 +218,7 @@ def linear_4bit_dq(  # noqa: PLR0913, PLR0917
     reference.linear_4bit(x, codes, whole, quant_map, out)
 
 
-@torch.library.custom_op("oomproof::linear_int4", mutates_args=("out", "scratch"))
+@operator("oomproof::linear_int4", mutates_args=("out", "scratch"))
 def linear_int4(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -231,7 +230,7 @@ def linear_int4(
     reference.linear_int4(x, codes, scale, out)
 
 
-@torch.library.custom_op("oomproof::linear_int8", mutates_args=("out", "scratch"))
+@operator("oomproof::linear_int8", mutates_args=("out", "scratch"))
 def linear_int8(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -243,7 +242,7 @@ def linear_int8(
     reference.linear_int8(x, weight, scale, out)
 
 
-@torch.library.custom_op("oomproof::linear_fp8", mutates_args=("out", "scratch"))
+@operator("oomproof::linear_fp8", mutates_args=("out", "scratch"))
 def linear_fp8(
     x: torch.Tensor,
     weight: torch.Tensor,

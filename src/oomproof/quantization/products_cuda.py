@@ -44,9 +44,9 @@ class _Scratch:
         """What has not been cut off."""
         return self._left
 
-    def room(self, size_bytes: int, *, share: float = 1.0) -> int:
-        """How many of a size fit into a share of what is left."""
-        return int(self._left.numel() * share) // size_bytes
+    def room(self, size_bytes: int) -> int:
+        """How many of a size fit."""
+        return self._left.numel() // size_bytes
 
     def cut(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor.
@@ -58,7 +58,7 @@ class _Scratch:
         for size in shape:
             numel *= size
         size_bytes = numel * dtype.itemsize
-        if size_bytes > self._left.numel() or numel == 0:
+        if size_bytes > self._left.numel():
             raise ValueError(
                 f"scratch has {self._left.numel()} bytes left, {shape} of {dtype} needs "
                 f"{size_bytes}: see least_scratch_bytes"
@@ -133,21 +133,21 @@ def linear_fp8(
     scratch: torch.Tensor,
 ) -> None:
     """See operators.linear_fp8."""
-    tokens, columns = x.shape
-    for first, end in _pieces(tokens, columns, x.itemsize, scratch):
+    few, scaled_mm = len(x) <= FEW_TOKENS, _has_scaled_mm(x, weight, out)
+    held = torch.float16 if few else torch.float8_e4m3fn if scaled_mm else x.dtype
+    for first, end in _pieces(x, held, scratch):
         left = _Scratch(scratch)
-        part, result = x[first:end], out[first:end]
+        result = out[first:end]
         token_scale = left.cut((end - first,), torch.float32)
-        if tokens <= FEW_TOKENS:
-            values = left.cut((end - first, columns), torch.float16)
-            quantize_rows_out(part, values, token_scale)
-            product_8bit(values, weight, scale, token_scale, FP8_FACTOR**2, result, left.left)
-        elif _has_scaled_mm(x, weight):
-            codes = left.cut((end - first, columns), torch.float8_e4m3fn)
-            quantize_rows_out(part, codes, token_scale)
+        quantized = left.cut((end - first, x.shape[1]), held)
+        quantize_rows_out(x[first:end], quantized, token_scale)
+        if few:
+            factor = FP8_FACTOR**2
+            product_8bit(quantized, weight, scale, token_scale, factor, result, left.left)
+        elif scaled_mm:
             # The public form of it has no `out`.
             torch._scaled_mm(  # noqa: SLF001
-                codes,
+                quantized,
                 weight.t(),
                 scale_a=token_scale.unsqueeze(1),
                 scale_b=scale.unsqueeze(0),
@@ -155,9 +155,7 @@ def linear_fp8(
                 out=result,
             )
         else:
-            values = left.cut((end - first, columns), x.dtype)
-            quantize_rows_out(part, values, token_scale)
-            for a, b in _slice_after_slice(values, _eight_bits(weight), result, left):
+            for a, b in _slice_after_slice(quantized, _eight_bits(weight), result, left):
                 scale_product(result[:, a:b], scale[a:b], token_scale, FP8_FACTOR**2)
 
 
@@ -176,13 +174,15 @@ def _four_bits(x: torch.Tensor, weight: FourBits, out: torch.Tensor, scratch: to
         pass
 
 
-def _has_scaled_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _has_scaled_mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bool:
     rows, columns = weight.shape
     return (
         x.is_cuda
         and x.dtype == torch.bfloat16
         and rows % _SCALED_MM_UNIT == 0
         and columns % _SCALED_MM_UNIT == 0
+        and out.stride(0) % _SCALED_MM_UNIT == 0
+        and out.data_ptr() % _SCALED_MM_UNIT == 0
         and torch.cuda.get_device_capability(x.device) == _SCALED_MM_CAPABILITY
     )
 
@@ -209,9 +209,9 @@ def _slice_after_slice(
         scratch: Room for the slice.
     """
     rows, columns = out.shape[1], x.shape[1]
-    fit = min(rows, scratch.room(columns * x.itemsize))
+    fit = max(1, min(rows, scratch.room(columns * x.itemsize)))
     # Slices of one size: none is left over that would keep the GPU half idle.
-    step = ceil_div(rows, ceil_div(rows, max(1, fit)))
+    step = ceil_div(rows, ceil_div(rows, fit))
     step = min(fit, ceil_div(step, _ROW_UNIT) * _ROW_UNIT)
     whole = scratch.cut((step, columns), x.dtype)
     for first in range(0, rows, step):
@@ -222,11 +222,11 @@ def _slice_after_slice(
         yield first, end
 
 
-def _pieces(
-    tokens: int, columns: int, itemsize: int, scratch: torch.Tensor
-) -> Iterator[tuple[int, int]]:
-    """(first token, end) of pieces whose quantized inputs take half of the scratch at most."""
-    room = _Scratch(scratch).room(columns * max(2, itemsize) + 4, share=0.5)
-    step = max(1, min(tokens, room - room % _ROW_UNIT if room > _ROW_UNIT else room))
+def _pieces(x: torch.Tensor, held: torch.dtype, scratch: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """(first token, end) of pieces whose quantized inputs and scales leave half of the scratch."""
+    tokens, columns = x.shape
+    half = _Scratch(scratch).left.numel() // 2 - 2 * ALIGNMENT
+    room = max(1, half // (columns * held.itemsize + 4))
+    step = min(tokens, room - room % _ROW_UNIT if room > _ROW_UNIT else room)
     for first in range(0, tokens, step):
         yield first, min(first + step, tokens)

@@ -144,7 +144,7 @@ def _compare_in_the_interpreter() -> None:
     from oomproof.engine.native import sampler_triton
 
     chooser = random.Random(0)
-    for vocab_size in (1, 2, 31, 33, 1000, 1000, 1000, 1000, 1000, 1000, 4097, 9000):
+    for vocab_size in (1, 2, 33, 1000, 1000, 1000, 1000, 4097, 9000):
         compare(chooser, vocab_size, 2, CPU, interpreted)
     for vocab_size in (1, 1000, 4100):
         logits = some_logits(chooser, 3, vocab_size)

@@ -116,7 +116,7 @@ def test_a_slot_forgets_its_last_request() -> None:
 
 
 def test_a_prompt_longer_than_is_staged_at_once_is_flagged_whole() -> None:
-    prompt = list(range(0, 3 * STAGED_TOKENS, 2)) + [1]
+    prompt = [*range(0, 3 * STAGED_TOKENS, 2), 1]
     sampler = sampler_of(1, 3 * STAGED_TOKENS)
     sampler.admit(0, SamplingOptions(temperature=0, repetition_penalty=2.0), 0, prompt)
     logits = torch.ones(1, 3 * STAGED_TOKENS)

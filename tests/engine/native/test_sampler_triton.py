@@ -51,8 +51,10 @@ def test_the_kernels_compile_for_old_and_new_gpus_within_their_shared_memory(
 
     from oomproof.engine.native import sampler_filters_triton, sampler_triton
 
-    given = sampler_triton.Given("*fp32", "i32", "i32", "i32", "*i32", "*fp32", "*i64", "*i32")
-    scratch = sampler_triton.Scratch("*fp32", "*i32", "*i32", "*fp32", "*i32")
+    given = sampler_filters_triton.Given(
+        "*fp32", "i32", "i32", "i32", "*i32", "*fp32", "*i64", "*i32"
+    )
+    scratch = sampler_filters_triton.Scratch("*fp32", "*i32", "*i32", "*fp32", "*i32")
     both = {"given": given, "scratch": scratch}
     drawn = {"tokens": "*i64", "logprobs": "*fp32", "top_tokens": "*i32", "top_logprobs": "*fp32"}
     chunks, groups = {"CHUNKS": 128}, {"GROUPS": 16384}

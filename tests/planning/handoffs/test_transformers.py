@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from oomproof.errors import InputError
 from oomproof.formats import FORMATS, DType
 from oomproof.hardware.describe import describe
 from oomproof.hardware.spec import Hardware, HostSpec
@@ -35,7 +36,8 @@ HOST = HostSpec(
 
 @cache
 def planned(name: str, gpus: str, **options: Any) -> Plan:
-    return make_plan(resolve(name), describe(gpus, host=HOST), PlanRequest(**options))
+    request = PlanRequest(**{"engine": "transformers", **options})
+    return make_plan(resolve(name), describe(gpus, host=HOST), request)
 
 
 def split_plan(spec: ModelSpec, *cuts: int, context: int = 1) -> Plan:
@@ -50,7 +52,8 @@ def split_plan(spec: ModelSpec, *cuts: int, context: int = 1) -> Plan:
         for device, (first, end) in zip(hardware.devices, bounds, strict=True)
     )
     machine = Hardware(devices=devices, host=HOST, source="described")
-    return make_plan(spec, machine, PlanRequest(format="bf16", context=context))
+    request = PlanRequest(format="bf16", context=context, engine="transformers")
+    return make_plan(spec, machine, request)
 
 
 def wordy(config: str, **fields: object) -> ModelSpec:
@@ -234,6 +237,16 @@ def test_values_for_transformers_are_plain_json(format_name: str, gpus: str) -> 
 def test_soft_capped_attention_is_handed_over_as_eager() -> None:
     plan = planned("gemma-2-9b", "24GiB", format="nf4")
     assert to_transformers(plan)["attn_implementation"] == "eager"
+
+
+@pytest.mark.parametrize("engine", ["auto", "native"])
+def test_a_plan_for_our_own_engine_is_not_handed_over(engine: str) -> None:
+    plan = planned("llama-3.1-8b", "24GiB", format="nf4-dq", engine=engine)
+    assert plan.engine == "native"
+    said = r'llama-3.1-8b is planned for the native engine, .*: plan it with engine="transformers"'
+    for hand_over in (to_transformers, Plan.to_transformers):
+        with pytest.raises(InputError, match=said):
+            hand_over(plan)
 
 
 def test_a_tied_model_names_no_head_tensor_of_its_own() -> None:

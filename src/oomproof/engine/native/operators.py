@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 
 from oomproof.memory.kv_cache import PAGE_TOKENS
+from oomproof.quantization.library import operator
 
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MAX = 448.0
 
 
-@torch.library.custom_op("oomproof::add_rms_norm", mutates_args=("hidden", "update"))
+@operator("oomproof::add_rms_norm", mutates_args=("hidden", "update"))
 def add_rms_norm(
     hidden: torch.Tensor,
     update: torch.Tensor,
@@ -41,7 +42,7 @@ def add_rms_norm(
     update.copy_(_rms_norm(hidden, weight, eps))
 
 
-@torch.library.custom_op("oomproof::rotate_and_store", mutates_args=("qkv", "keys", "values"))
+@operator("oomproof::rotate_and_store", mutates_args=("qkv", "keys", "values"))
 def rotate_and_store(
     qkv: torch.Tensor,
     rotary: torch.Tensor,
@@ -81,7 +82,7 @@ def rotate_and_store(
         _bits(pool)[page, :, offset] = _bits(_as_stored(new, pool.dtype))
 
 
-@torch.library.custom_op("oomproof::attend", mutates_args=("out", "partials"))
+@operator("oomproof::attend", mutates_args=("out", "partials"))
 def attend(
     qkv: torch.Tensor,
     positions: torch.Tensor,
@@ -137,7 +138,7 @@ def attend(
         )[0].transpose(0, 1)
 
 
-@torch.library.custom_op("oomproof::silu_mul", mutates_args=("out",))
+@operator("oomproof::silu_mul", mutates_args=("out",))
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """SwiGLU's gate (Shazeer 2020, arXiv:2002.05202): out = silu(gate) × up.
 

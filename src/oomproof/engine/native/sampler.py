@@ -14,6 +14,7 @@ import torch
 from oomproof.engine.messages import SamplingOptions
 from oomproof.engine.sampling import PROMPT_FLAG, Settings, draw, without_nan
 from oomproof.memory.sampler import STAGED_TOKENS, sampler_buffers
+from oomproof.quantization.library import operator
 
 Take = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
 """Hands out a view of the engine's arena: (name, shape, dtype)."""
@@ -140,13 +141,14 @@ class _Staging:
         device: torch.device,
     ) -> None:
         self._device_floats, self._device_integers, self._device_tokens = floats, integers, tokens
+        self._device = device
         self._is_cuda = device.type == "cuda"
         self._floats = self._host(floats)
         self._integers = self._host(integers)
         self._tokens = self._host(tokens)
         slots = floats.shape[0]
-        self._slot_copied = [_event() for _ in range(slots)] if self._is_cuda else []
-        self._tokens_copied = _event() if self._is_cuda else None
+        self._slot_copied = [torch.cuda.Event() for _ in range(slots)] if self._is_cuda else []
+        self._tokens_copied = torch.cuda.Event() if self._is_cuda else None
 
     def _host(self, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(like.shape, dtype=like.dtype, pin_memory=self._is_cuda)
@@ -171,7 +173,7 @@ class _Staging:
         self._device_floats[slot].copy_(floats, non_blocking=True)
         self._device_integers[slot].copy_(integers, non_blocking=True)
         if self._is_cuda:
-            self._slot_copied[slot].record()
+            self._slot_copied[slot].record(torch.cuda.current_stream(self._device))
 
     def write_tokens(self, tokens: Sequence[int]) -> None:
         """Sends a chunk of a prompt."""
@@ -181,17 +183,10 @@ class _Staging:
         self._tokens[:count] = torch.tensor(tokens, dtype=torch.int32)
         self._device_tokens[:count].copy_(self._tokens[:count], non_blocking=True)
         if self._tokens_copied is not None:
-            self._tokens_copied.record()
+            self._tokens_copied.record(torch.cuda.current_stream(self._device))
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()
-
-
-@torch.library.custom_op(
-    "oomproof::sample",
-    mutates_args=("tokens", *_STATE[1:]),
-)
+@operator("oomproof::sample", mutates_args=("tokens", *_STATE[1:]))
 def sample(  # noqa: PLR0913, PLR0917 - every tensor that a kernel may touch is named
     logits: torch.Tensor,
     slots: torch.Tensor,
@@ -232,7 +227,9 @@ def sample(  # noqa: PLR0913, PLR0917 - every tensor that a kernel may touch is 
 def _(*tensors: torch.Tensor) -> None:
     from oomproof.engine.native import sampler_triton
 
-    sampler_triton.sample(*tensors)
+    # Triton launches on the current device, which need not be that of the logits.
+    with torch.cuda.device(tensors[0].device):
+        sampler_triton.sample(*tensors)
 
 
 def _settings(floats: Sequence[float], integers: Sequence[int]) -> Settings:
@@ -250,9 +247,7 @@ def _settings(floats: Sequence[float], integers: Sequence[int]) -> Settings:
     )
 
 
-@torch.library.custom_op(
-    "oomproof::sample_greedy", mutates_args=("tokens", "chunk_values", "chunk_tokens")
-)
+@operator("oomproof::sample_greedy", mutates_args=("tokens", "chunk_values", "chunk_tokens"))
 def sample_greedy(
     logits: torch.Tensor,
     slots: torch.Tensor,
@@ -268,10 +263,11 @@ def sample_greedy(
 def _(*tensors: torch.Tensor) -> None:
     from oomproof.engine.native import sampler_triton
 
-    sampler_triton.sample_greedy(*tensors)
+    with torch.cuda.device(tensors[0].device):
+        sampler_triton.sample_greedy(*tensors)
 
 
-@torch.library.custom_op("oomproof::flag_prompt", mutates_args=("counts",))
+@operator("oomproof::flag_prompt", mutates_args=("counts",))
 def flag_prompt(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
     """Flags a prompt's tokens in the counts of its slot.
 
@@ -287,7 +283,8 @@ def flag_prompt(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
 def _(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
     from oomproof.engine.native import sampler_triton
 
-    sampler_triton.flag_prompt(tokens, count, counts)
+    with torch.cuda.device(counts.device):
+        sampler_triton.flag_prompt(tokens, count, counts)
 
 
 for _operator in (sample, sample_greedy, flag_prompt):

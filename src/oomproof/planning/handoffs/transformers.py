@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from oomproof.errors import InputError
 from oomproof.formats import get_format
 from oomproof.planning.plan import DevicePlan, Plan
 
@@ -64,7 +65,16 @@ def to_transformers(plan: Plan) -> dict[str, Any]:
 
     `quantization_config` holds the arguments of `BitsAndBytesConfig`, not an instance of it, so
     that nothing here needs torch.
+
+    Raises:
+        InputError: The plan is for another engine: its formats, its attention and its bytes are
+            not those of transformers.
     """
+    if plan.engine != "transformers":
+        raise InputError(
+            f"{plan.model} is planned for the {plan.engine} engine, not for transformers",
+            remedy='plan it with engine="transformers"',
+        )
     return {
         "pretrained_model_name_or_path": plan.source.path,
         "revision": plan.source.revision,

@@ -1,0 +1,71 @@
+"""Declares torch operators: schema, plain-torch meaning, sizes, then faster kernels.
+
+As `torch.library.custom_op`, on torch.library.Library: there the first call of any operator imports
+torch's compiler, a second and 150 MB that running a model has no use for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LIBRARIES: dict[str, torch.library.Library] = {}
+
+
+class Operator(Generic[P, R]):
+    """An operator; call it as the function that it was declared with.
+
+    Args:
+        name: "namespace::name".
+        reference: Its meaning in plain torch, for every device without a kernel of its own.
+        mutates_args: Names of the arguments that it writes to.
+    """
+
+    def __init__(
+        self, name: str, reference: Callable[P, R], mutates_args: Sequence[str]
+    ) -> None:
+        self._qualified_name = name
+        namespace, self._name = name.split("::")
+        if namespace not in _LIBRARIES:
+            _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
+        self._library = _LIBRARIES[namespace]
+        schema = torch.library.infer_schema(reference, mutates_args=mutates_args)
+        self._library.define(self._name + schema)
+        self._library.impl(self._name, reference, "CompositeExplicitAutograd")
+        self._call: Any = getattr(getattr(torch.ops, namespace), self._name).default
+        self.__doc__ = reference.__doc__
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Computes on the device of its arguments."""
+        result: R = self._call(*args, **kwargs)
+        return result
+
+    def register_kernel(self, device_type: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
+        """A decorator: the function serves a type of devices ("cuda")."""
+
+        def register(kernel: Callable[..., R]) -> Callable[..., R]:
+            self._library.impl(self._name, kernel, device_type.upper())
+            return kernel
+
+        return register
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """A decorator: the function makes results of the right sizes, without computing."""
+        torch.library.register_fake(self._qualified_name, fake, lib=self._library)
+        return fake
+
+
+def operator(
+    name: str, *, mutates_args: Sequence[str]
+) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """A decorator: the function becomes an operator, and its reference."""
+
+    def declare(reference: Callable[P, R]) -> Operator[P, R]:
+        return Operator(name, reference, mutates_args)
+
+    return declare

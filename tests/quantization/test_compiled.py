@@ -1,0 +1,115 @@
+"""Every launch of a kernel, compiled for every GPU that we support, without one.
+
+Triton's interpreter takes what its compiler refuses, and knows no shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from oomproof.quantization import operators
+from oomproof.quantization.handlers import HANDLERS, handler
+from tests.quantization.weights import encode_in_slices, random_input, random_weight
+
+triton = pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_kernels.py runs them there"),
+]
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+SHARED_MEMORY_BYTES = 99 * 1024
+POINTERS = {
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+Launch = tuple[Any, tuple[tuple[str, str], ...], tuple[tuple[str, Any], ...], tuple[str, ...], int]
+
+
+def launch_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    """(kernel, types, constants, names of multiples of 16, warps and stages) of one launch."""
+    named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    constants, types, aligned = {}, {}, []
+    for parameter in kernel.params:
+        value = named[parameter.name]
+        free = not parameter.is_constexpr and not parameter.do_not_specialize
+        if parameter.is_constexpr or (free and isinstance(value, int) and value == 1):
+            constants[parameter.name] = value
+            types[parameter.name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = POINTERS[value.dtype]
+            aligned.append(parameter.name)
+        else:
+            types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if free and isinstance(value, int) and value % 16 == 0:
+                aligned.append(parameter.name)
+    warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
+    return (
+        kernel,
+        tuple(types.items()),
+        tuple(constants.items()),
+        tuple(aligned),
+        warps * 100 + stages,
+    )
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
+    """The launches that happen while the operators stand for the kernels and run nothing."""
+    from triton.runtime.jit import JITFunction
+
+    from oomproof.quantization import products_cuda, quantize_triton
+
+    found: set[Launch] = set()
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.add(launch_of(kernel, arguments, options))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    for module in (products_cuda, quantize_triton):
+        for name in vars(operators).keys() & vars(module).keys():
+            if name.startswith(("linear_", "quantize_")):
+                monkeypatch.setattr(operators, name, getattr(module, name))
+    return found
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Every format, in shapes for each kernel."""
+    scratch = torch.empty(1 << 22, dtype=torch.uint8)
+    for name in HANDLERS.keys() - {"fp32", "bf16", "fp16"}:
+        for shape in ((128, 4096), (65, 63)):
+            parts = encode_in_slices(name, random_weight(shape, dtype), shape[0])
+            for tokens in (1, 8, 32, 64, 65):
+                x = random_input(tokens, shape[1], dtype)
+                out = torch.empty(tokens, shape[0], dtype=dtype)
+                handler(name).multiply(x, parts, shape, out, scratch)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles_and_fits(capability: int, launches: set[Launch]) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        launch_all(dtype)
+    assert len(launches) > 50
+    for kernel, types, constants, aligned, warps_and_stages in launches:
+        place = kernel.arg_names.index
+        source = ASTSource(
+            kernel,
+            dict(types),
+            {(place(name),): value for name, value in constants},
+            {(place(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        options = {"num_warps": warps_and_stages // 100, "num_stages": warps_and_stages % 100}
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options=options)
+        assert compiled.metadata.shared <= SHARED_MEMORY_BYTES, (kernel, constants)
