@@ -41,6 +41,9 @@ PLANS = [
     ("llama-3.2-1b", "cpu", {"format": "nf4-dq"}),
     ("mixtral-8x7b", "3xA100-80GB", {"format": "nf4", "context": 100}),
     ("llama-3.1-8b", "H100", {"format": "fp8", "kv_format": "fp8"}),
+    ("llama-3.1-8b", "H100", {"format": "nf4", "engine": "transformers"}),
+    ("llama-3.1-70b", "RTX 4090", {"format": "nf4-dq", "offload": "cpu"}),
+    ("gemma-2-9b", "24GiB", {"format": "int8", "engine": "native"}),
 ]
 plans = pytest.mark.parametrize(("name", "gpus", "options"), PLANS)
 

@@ -20,12 +20,13 @@ import torch
 from oomproof.errors import CheckpointError
 from oomproof.loading.slices import Part, Piece
 
-MAX_THREADS = 16
-"""One core copies about 6 GB/s out of the page cache, a PCIe 5 link takes about 55."""
+MAX_THREADS = 8
+"""One core copies about 6 GB/s out of the page cache, a PCIe 5 link takes about 55; more than eight
+wait for each other (benchmarks/LOG.md)."""
 
 
 def default_threads() -> int:
-    """The cores that this process may use, at most 16."""
+    """The cores that this process may use, at most MAX_THREADS."""
     if hasattr(os, "sched_getaffinity"):
         return min(MAX_THREADS, len(os.sched_getaffinity(0)))
     return min(MAX_THREADS, os.cpu_count() or 1)
