@@ -29,7 +29,9 @@ def load_ours(folder: Path, format_name: str, context: int) -> dict[str, object]
 
     import oomproof
     from oomproof.compat import tokenizer as _tokenizer  # noqa: F401 - imports are not loading
+    from oomproof.engine.native import kernels_triton as _kernels  # noqa: F401
     from oomproof.engine.native import load as _native_load  # noqa: F401
+    from oomproof.quantization import products_cuda as _products  # noqa: F401
 
     import_s = time.perf_counter() - began
     plan = oomproof.plan(folder, format=format_name, context=context)

@@ -23,6 +23,7 @@ def component_bytes(chosen: Format, rows: int, columns: int) -> dict[str, int]:
 def test_every_format_of_the_design_is_there_with_its_bits() -> None:
     bits = {name: chosen.bits_per_weight for name, chosen in FORMATS.items()}
     assert bits == {
+        "fp32": 32,
         "bf16": 16,
         "fp16": 16,
         "fp8": 8,
@@ -34,7 +35,8 @@ def test_every_format_of_the_design_is_there_with_its_bits() -> None:
         "fp4-dq": 4 + 8 / 64 + 32 / (64 * 256),
         "int4": 4.25,
     }
-    assert {name for name, chosen in FORMATS.items() if not chosen.is_quantized} == {"bf16", "fp16"}
+    plain = {name for name, chosen in FORMATS.items() if not chosen.is_quantized}
+    assert plain == {"fp32", "bf16", "fp16"}
 
 
 @pytest.mark.parametrize("name", FORMATS)

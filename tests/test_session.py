@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,9 +106,28 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         oomproof.load("tiny", format="bf16", concurrency=64, cap=peak - 2**22)
 
 
-def test_what_no_engine_runs_is_refused_with_the_reason() -> None:
-    with pytest.raises(NotRunnableError, match="fp8 is not run by the transformers engine"):
-        oomproof.load("tiny", format="fp8")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"format": "fp8", "engine": "transformers"},
+            "no engine here runs tiny in fp8: fp8 is not run by the transformers engine on cpu",
+        ),
+        ({"format": "llm-int8", "engine": "native"}, "the native engine does not hold llm-int8"),
+    ],
+)
+def test_what_the_engine_does_not_run_is_refused_with_the_reason(
+    options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(NotRunnableError, match=said):
+        oomproof.load("tiny", **options)
+
+
+@pytest.mark.parametrize("format_name", ["fp32", "int8", "fp8", "int4"])
+def test_formats_that_only_our_own_engine_has_answer_too(format_name: str) -> None:
+    with oomproof.load("tiny", format=format_name, context=64) as model:
+        assert model.plan.engine == "native"
+        assert model.generate("hello", max_new_tokens=3, seed=0)
 
 
 def test_a_plan_for_a_machine_that_is_not_here_is_not_loaded() -> None:
@@ -151,7 +171,7 @@ def test_planning_does_not_ask_for_the_run_extra(monkeypatch: pytest.MonkeyPatch
 
 
 def test_from_pretrained_places_and_quantizes_by_the_plan() -> None:
-    made = oomproof.plan("tiny", format="nf4-dq")
+    made = oomproof.plan("tiny", format="nf4-dq", engine="transformers")
     model = oomproof.from_pretrained(made)
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     assert type(layer).__name__ == "Linear4bit"
@@ -160,11 +180,26 @@ def test_from_pretrained_places_and_quantizes_by_the_plan() -> None:
     assert str(layer.compute_dtype) == f"torch.{made.compute_dtype}"
 
 
+def test_from_pretrained_plans_for_transformers_by_itself() -> None:
+    assert oomproof.plan("tiny", format="bf16").engine == "native"
+    model = oomproof.from_pretrained("tiny", format="bf16")
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_from_pretrained_refuses_a_plan_for_our_own_engine() -> None:
+    said = r'planned for the native engine, .*: plan it with engine="transformers"'
+    with pytest.raises(InputError, match=said):
+        oomproof.from_pretrained(oomproof.plan("tiny", format="nf4-dq"))
+    with pytest.raises(InputError, match=said):
+        oomproof.from_pretrained("tiny", format="nf4-dq", engine="native")
+
+
 def test_two_models_answer_side_by_side() -> None:
     with (
         oomproof.load("tiny", format="bf16", context=64) as first,
-        oomproof.load("tiny", format="nf4", context=64) as second,
+        oomproof.load("tiny", format="nf4", context=64, engine="transformers") as second,
     ):
+        assert (first.plan.engine, second.plan.engine) == ("native", "transformers")
         alone = first.generate("hello", seed=1, max_new_tokens=6)
         streams = [model.stream("hello", seed=1, max_new_tokens=6) for model in (first, second)]
         assert ["".join(stream) for stream in reversed(streams)][1] == alone

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -39,8 +39,8 @@ from oomproof.starting import Contract, rehearsable, start_engine
 from oomproof.units import format_bytes, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
-    from oomproof.engine.model import Model
     from oomproof.engine.bench import BenchReport, Timing
+    from oomproof.engine.model import Model
     from oomproof.engine.rehearsal import Rung
     from oomproof.engine.rehearse import Rehearsal
     from oomproof.planning.handoffs.handoff import HandOff
@@ -192,16 +192,29 @@ def load(
     from oomproof.engine.model import Model
 
     defaults = read_generation_defaults(folder)
+    parsing: list[Future[TransformersTokenizer]] = []
     with ThreadPoolExecutor(1) as beside:
+
+        def parse() -> None:
+            parsing.append(
+                beside.submit(
+                    TransformersTokenizer,
+                    folder,
+                    defaults=defaults,
+                    trust_remote_code=trust_remote_code,
+                )
+            )
+
         # The tokenizer's files are parsed while the weights are on their way.
-        parsing = beside.submit(
-            TransformersTokenizer, folder, defaults=defaults, trust_remote_code=trust_remote_code
-        )
         engine = start_engine(
-            contract, folder, _of_stage(progress, "load"), trust_remote_code=trust_remote_code
+            contract,
+            folder,
+            _of_stage(progress, "load"),
+            trust_remote_code=trust_remote_code,
+            on_reading=parse,
         )
         try:
-            tokenizer = parsing.result()
+            tokenizer = parsing[0].result()
         except BaseException:
             engine.close()
             raise

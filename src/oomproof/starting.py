@@ -35,8 +35,16 @@ def start_engine(
     progress: Loaded | None = None,
     *,
     trust_remote_code: bool = False,
+    on_reading: Callable[[], None] | None = None,
 ) -> Engine:
     """The engine that the plan names, with the checkpoint's weights.
+
+    Args:
+        contract: What to load.
+        folder: Where the model's files are.
+        progress: Told of bytes read.
+        trust_remote_code: Lets transformers run code that the folder ships.
+        on_reading: Called once, when reading begins.
 
     Raises:
         LoadError: The checkpoint does not give what the plan promises.
@@ -49,12 +57,14 @@ def start_engine(
     if plan.engine == "native":
         from oomproof.engine.native.load import load_engine
 
-        return load_engine(plan, spec, hardware, folder, progress=progress)
+        return load_engine(plan, spec, hardware, folder, progress=progress, on_reading=on_reading)
     from oomproof.compat.engine import TransformersEngine
     from oomproof.compat.measure import MemoryMeter
     from oomproof.compat.model import import_libraries, load_model
 
     import_libraries(plan, spec)
+    if on_reading is not None:
+        on_reading()
     meter = MemoryMeter(plan, hardware)
     loaded = load_model(plan, spec, folder, progress=progress, trust_remote_code=trust_remote_code)
     return TransformersEngine(loaded, plan, spec, meter)

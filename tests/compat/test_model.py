@@ -224,7 +224,9 @@ def test_a_folder_without_weights_cannot_be_loaded(tmp_path: Path) -> None:
 
 HOSTILE_CONFIGS: dict[str, dict[str, object]] = {
     "an unknown activation": {"hidden_act": "nope"},
-    "an unknown rotary embedding": {"rope_parameters": {"rope_type": "nope", "rope_theta": 1.0}},
+    "an unknown rotary embedding": {
+        "rope_parameters": {"rope_type": "nope", "rope_theta": 10_000.0}
+    },
     "rotary parameters that are a text": {"rope_parameters": "abc"},
     "a rotary base that is a text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": "x"}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from oomproof.compat.engine import TransformersEngine
-from oomproof.engine.rehearse import Rehearsal
+from oomproof.engine.native.pipeline import Pipeline
 from oomproof.engine.rehearsal import Rung
+from oomproof.engine.rehearse import Rehearsal
 from oomproof.errors import NotRunnableError, PlanDoesNotFitError
 from oomproof.hardware.describe import describe
 from oomproof.memory.terms import DeviceTerms
@@ -24,6 +26,8 @@ from oomproof.units import MIB
 from tests.cli.invoke import invoke
 from tests.compat.checkpoints import copy_of_tiny, edit_json
 
+engines = pytest.mark.parametrize("engine", ["native", "transformers"])
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -31,11 +35,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("format_name", ["bf16", "nf4", "nf4-dq"])
-def test_a_plan_is_run_at_full_size_and_compared(format_name: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "format_name"),
+    [
+        *(("native", name) for name in ("bf16", "int8", "fp8", "int4", "nf4", "nf4-dq")),
+        *(("transformers", name) for name in ("bf16", "nf4", "nf4-dq")),
+    ],
+)
+def test_a_plan_is_run_at_full_size_and_compared(engine: str, format_name: str) -> None:
     told: list[Rung] = []
-    found = rehearse("tiny", format=format_name, context=512, on_rung=told.append)
+    found = rehearse("tiny", engine=engine, format=format_name, context=512, on_rung=told.append)
     assert found.kept_its_promise
+    assert found.as_dict()["engine"] == engine
+    assert ("transformers" in found.versions) == (engine == "transformers")
     assert found.load_s is not None
     assert told == list(found.rungs)
     assert [(rung.requests, rung.prompt_tokens) for rung in told] == [(1, 64), (1, 480)]
@@ -45,20 +57,28 @@ def test_a_plan_is_run_at_full_size_and_compared(format_name: str) -> None:
     assert measured.kv_cache == pytest.approx(device.terms.kv_cache, rel=0.01)
 
 
-def test_a_model_of_the_catalog_is_rehearsed_without_its_files() -> None:
-    found = rehearse("smollm2-135m", format="bf16", context=96)
+@engines
+def test_a_model_of_the_catalog_is_rehearsed_without_its_files(engine: str) -> None:
+    found = rehearse("smollm2-135m", engine=engine, format="bf16", context=96)
     assert found.kept_its_promise
     assert found.plan.source.kind == "catalog"
 
 
-def test_concurrent_requests_are_filled_together() -> None:
-    found = rehearse("tiny", format="bf16", context=256, concurrency=3)
+@engines
+def test_concurrent_requests_are_filled_together(engine: str) -> None:
+    found = rehearse("tiny", engine=engine, format="bf16", context=256, concurrency=3)
     assert [rung.requests for rung in found.rungs] == [1, 1, 3]
 
 
-def test_a_plan_that_does_not_fit_is_not_begun() -> None:
+@engines
+def test_a_plan_that_does_not_fit_is_not_begun(engine: str) -> None:
     with pytest.raises(PlanDoesNotFitError):
-        rehearse("tiny", cap="1MiB")
+        rehearse("tiny", engine=engine, cap="1MiB")
+
+
+def test_what_the_engine_does_not_run_is_not_begun() -> None:
+    with pytest.raises(NotRunnableError, match="the native engine does not hold llm-int8"):
+        rehearse("tiny", engine="native", format="llm-int8")
 
 
 def test_a_checkpoint_that_is_quantized_already_is_not_rehearsed(tmp_path: Path) -> None:
@@ -71,34 +91,62 @@ def test_a_checkpoint_that_is_quantized_already_is_not_rehearsed(tmp_path: Path)
         rehearse(folder)
 
 
-def test_the_processor_leaves_no_note() -> None:
-    rehearse("tiny", format="bf16", context=64)
+@engines
+def test_the_processor_leaves_no_note(engine: str) -> None:
+    rehearse("tiny", engine=engine, format="bf16", context=64)
     assert read_notes() == Notes()
 
 
+@pytest.mark.parametrize(
+    ("engine", "runner", "method"),
+    [("native", Pipeline, "prefill"), ("transformers", TransformersEngine, "_forward")],
+)
 def test_running_out_of_memory_is_a_result_and_names_the_rung(
-    monkeypatch: pytest.MonkeyPatch,
+    engine: str, runner: type, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = TransformersEngine._forward
+    forward = getattr(runner, method)
 
-    def fail(engine: TransformersEngine, *arguments: object) -> torch.Tensor:
-        if len(arguments[1]) > 100:  # type: ignore[arg-type]
+    def fail(self: object, *arguments: Any, **options: Any) -> object:
+        tokens = arguments[0 if engine == "native" else 1]
+        if len(tokens) > 100:
             raise torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of"
             )
-        return forward(engine, *arguments)  # type: ignore[arg-type]
+        return forward(self, *arguments, **options)
 
-    monkeypatch.setattr(TransformersEngine, "_forward", fail)
-    found = rehearse("tiny", format="bf16", context=512)
+    monkeypatch.setattr(runner, method, fail)
+    found = rehearse("tiny", engine=engine, format="bf16", context=512)
     assert found.failed == "out of memory while running, after 1 rungs"
     assert (found.asked_bytes, found.failed_device) == (1536 * MIB, 0)
     assert not found.kept_its_promise
+    assert found.measured[0].weights > 0
 
 
-def on_a_gpu(**changes: object) -> Rehearsal:
+@pytest.mark.parametrize(
+    ("engine", "maker"),
+    [
+        ("native", "oomproof.engine.native.load.load_random_engine"),
+        ("transformers", "oomproof.compat.rehearse.load_random_model"),
+    ],
+)
+def test_running_out_of_memory_while_loading_is_a_result_too(
+    engine: str, maker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object, **_options: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+
+    monkeypatch.setattr(maker, fail)
+    found = rehearse("tiny", engine=engine, format="bf16", context=512)
+    assert found.failed == "out of memory while loading"
+    assert (found.asked_bytes, found.failed_device) == (20 * MIB, 0)
+    assert (found.rungs, found.load_s) == ((), None)
+
+
+def on_a_gpu(engine: str = "native", **changes: object) -> Rehearsal:
     """A rehearsal as it would end on an H200."""
     machine = describe("H200")
-    made = make_plan(resolve("llama-3.1-8b"), machine, PlanRequest(format="nf4-dq"))
+    request = PlanRequest(format="nf4-dq", engine=engine)
+    made = make_plan(resolve("llama-3.1-8b"), machine, request)
     terms = made.devices[0].terms
     values: dict[str, object] = {
         "plan": made,
@@ -108,16 +156,19 @@ def on_a_gpu(**changes: object) -> Rehearsal:
             Rung(requests=1, prompt_tokens=64, new_tokens=32, first_token_s=9.0, decode_s=9.0),
             Rung(requests=1, prompt_tokens=8160, new_tokens=32, first_token_s=1.0, decode_s=1.0),
         ),
+        "versions": "torch 2.11.0, triton 3.6.0",
         "load_s": 3.0,
         "failed": None,
     }
     return Rehearsal(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def test_a_note_holds_what_the_next_plan_needs() -> None:
-    found = on_a_gpu()
+@engines
+def test_a_note_holds_what_the_next_plan_needs(engine: str) -> None:
+    found = on_a_gpu(engine)
     [note] = found.notes(Notes())
     assert (note.device, note.kind, note.failed) == ("NVIDIA H200", "4-bit", None)
+    assert (note.engine, note.versions) == (engine, "torch 2.11.0, triton 3.6.0")
     assert note.cuda_context_bytes == 700 * MIB
     assert note.workspace_excess_bytes == 0
     predicted = found.plan.tokens_per_second
@@ -127,18 +178,24 @@ def test_a_note_holds_what_the_next_plan_needs() -> None:
     assert note.prefill_factor == pytest.approx(predicted.prefill / 8160, rel=0.001)
 
 
-def test_a_second_rehearsal_confirms_the_corrected_speed() -> None:
-    notes = Notes(tuple(on_a_gpu().notes(Notes())))
-    made = make_plan(resolve("llama-3.1-8b"), describe("H200"), PlanRequest(format="nf4-dq"), notes)
+@engines
+def test_a_second_rehearsal_confirms_the_corrected_speed(engine: str) -> None:
+    notes = Notes(tuple(on_a_gpu(engine).notes(Notes())))
+    request = PlanRequest(format="nf4-dq", engine=engine)
+    made = make_plan(resolve("llama-3.1-8b"), describe("H200"), request, notes)
     assert made.tokens_per_second.decode == pytest.approx(31, rel=0.01)
-    [again] = on_a_gpu(plan=made).notes(notes)
+    [again] = on_a_gpu(engine, plan=made).notes(notes)
     assert again.decode_factor == pytest.approx(notes.entries[0].decode_factor, rel=0.01)
 
 
-def test_what_took_more_than_planned_is_told_and_noted() -> None:
-    planned = on_a_gpu().plan.devices[0].terms
-    more = replace(planned, workspace=planned.workspace + 64 * MIB, margin=0)
-    found = on_a_gpu(measured={0: more})
+@engines
+def test_what_took_more_than_planned_is_told_and_noted(engine: str) -> None:
+    planned = on_a_gpu(engine).plan.devices[0].terms
+    # What is missing shows at the peak, whichever of loading and running makes it.
+    running = planned.kv_cache + planned.workspace + planned.graphs
+    room = max(0, planned.staging - running)
+    more = replace(planned, workspace=planned.workspace + room + 64 * MIB, margin=0)
+    found = on_a_gpu(engine, measured={0: more})
     assert not found.kept_its_promise
     assert "took" in found.exceeded[0]
     [note] = found.notes(Notes())
@@ -151,15 +208,17 @@ def test_a_failure_notes_what_was_asked_for_on_its_device() -> None:
     assert (note.failed, note.workspace_excess_bytes) == ("out of memory while loading", MIB)
 
 
-def test_the_command_prints_the_comparison_and_the_rungs(home: Path) -> None:
-    done = invoke("rehearse", "tiny", "--context", "256", "--format", "nf4-dq")
+@engines
+def test_the_command_prints_the_comparison_and_the_rungs(engine: str, home: Path) -> None:
+    arguments = ("rehearse", "tiny", "--context", "256", "--format", "nf4-dq", "--engine", engine)
+    done = invoke(*arguments)
     assert done.code == 0
     for word in ("weights", "kv_cache", "peak without margin"):
         assert word in done.out
     assert "64 prompt tokens: first after" in done.err
-    done = invoke("rehearse", "tiny", "--context", "256", "--format", "nf4-dq", "--json")
+    done = invoke(*arguments, "--json")
     plain = json.loads(done.out)
-    assert plain["kept_its_promise"] is True
+    assert (plain["kept_its_promise"], plain["engine"]) == (True, engine)
     assert plain["devices"][0]["measured"]["weights"] > 0
     assert not (home / "calibration.jsonl").exists()
 
@@ -180,6 +239,7 @@ def test_too_small_a_cap_is_exit_code_3() -> None:
     assert invoke("rehearse", "tiny", "--cap", "1MiB").code == 3
 
 
-def test_a_plan_can_be_rehearsed_as_it_is() -> None:
-    made = plan("tiny", format="bf16", context=96)
+@engines
+def test_a_plan_can_be_rehearsed_as_it_is(engine: str) -> None:
+    made = plan("tiny", engine=engine, format="bf16", context=96)
     assert rehearse(made).plan is made

@@ -24,6 +24,8 @@ from tests.models.configs import SMALL_CONFIGS, small, spec_of
 
 law = settings(derandomize=True, deadline=None, max_examples=80)
 MACHINES = ("H100", "A100-80GB", "T4", "24GiB", "cpu", "cpu with avx512_bf16")
+"""For transformers."""
+NATIVE_MACHINES = ("native H100", "native RTX 3090", "native 24GiB", "native cpu")
 CATALOG = ("llama-3.1-8b", "llama-3.2-1b", "mixtral-8x7b", "gemma-2-9b", "gemma-3-4b")
 
 
@@ -34,7 +36,7 @@ def known(name: str) -> ModelSpec:
 
 @cache
 def profile_of(machine: str) -> EngineProfile:
-    name, _, feature = machine.partition(" with ")
+    name, _, feature = machine.removeprefix("native ").partition(" with ")
     host = HostSpec(
         total_ram_bytes=64 * GIB,
         available_ram_bytes=60 * GIB,
@@ -42,7 +44,8 @@ def profile_of(machine: str) -> EngineProfile:
         cpu_count=8,
         cpu_features=frozenset({feature} - {""}),
     )
-    return engine_profile("transformers", describe(name, host=host).devices[0], host)
+    engine = "native" if machine.startswith("native ") else "transformers"
+    return engine_profile(engine, describe(name, host=host).devices[0], host)
 
 
 def memory_model(
@@ -84,7 +87,7 @@ def llamas(draw: st.DrawFn) -> ModelSpec:
 SPECS = llamas() | st.sampled_from(sorted(SMALL_CONFIGS)).map(known)
 LARGE = st.sampled_from(CATALOG).map(known)
 FORMAT_NAMES = st.sampled_from(sorted(FORMATS))
-MACHINE_NAMES = st.sampled_from(MACHINES)
+MACHINE_NAMES = st.sampled_from([*MACHINES, *NATIVE_MACHINES])
 CONTEXTS = st.integers(1, 150_000)
 
 
@@ -121,15 +124,27 @@ def test_growing_peaks_equal_the_terms_of_every_range(
 ) -> None:
     model = memory_model(spec, format_name, machine, context=context, concurrency=concurrency)
     for first in range(model.num_units):
-        assert list(model.peaks_from(first)) == [
+        peaks = [
             model.terms(first, end).peak_bytes for end in range(first + 1, model.num_units + 1)
         ]
+        assert list(model.peaks_from(first)) == peaks
+        assert [
+            model.peak_bytes(first, end) for end in range(first + 1, model.num_units + 1)
+        ] == peaks
     assert list(model.peaks_from(model.num_units)) == []
 
 
-@pytest.mark.parametrize("format_name", ["bf16", "nf4-dq", "llm-int8"])
-def test_growing_peaks_equal_the_terms_of_every_range_of_405b(format_name: str) -> None:
-    model = memory_model(known("llama-3.1-405b"), format_name, context=32_768)
+@pytest.mark.parametrize(
+    ("machine", "format_name"),
+    [
+        *(("24GiB", name) for name in ("bf16", "nf4-dq", "llm-int8")),
+        *(("native 24GiB", name) for name in ("bf16", "nf4-dq", "int8", "int4")),
+    ],
+)
+def test_growing_peaks_equal_the_terms_of_every_range_of_405b(
+    machine: str, format_name: str
+) -> None:
+    model = memory_model(known("llama-3.1-405b"), format_name, machine, context=32_768)
     for first in (0, 1, 63, 126, 127):
         assert list(model.peaks_from(first)) == [
             model.terms(first, end).peak_bytes for end in range(first + 1, model.num_units + 1)
@@ -209,11 +224,19 @@ def test_every_decoder_layer_has_its_own_unit(name: str) -> None:
     )
 
 
-def test_the_cache_and_the_weights_of_8b_are_the_fields_figures() -> None:
-    terms = memory_model(known("llama-3.1-8b"), "nf4-dq").terms(0, 34)
-    assert terms.kv_cache == 8192 * 131_072 + 32 * 512
+@pytest.mark.parametrize(("machine", "counters"), [("24GiB", 32 * 512), ("native 24GiB", 0)])
+def test_the_cache_and_the_weights_of_8b_are_the_fields_figures(
+    machine: str, counters: int
+) -> None:
+    terms = memory_model(known("llama-3.1-8b"), "nf4-dq", machine).terms(0, 34)
+    assert terms.kv_cache == 8192 * 131_072 + counters
     assert terms.weights / 10**9 == pytest.approx(5.70, abs=0.01)
-    assert (terms.comm, terms.graphs) == (0, 0)
+    assert terms.comm == 0
+
+
+def test_only_transformers_passes_hidden_states_through_buffers_of_their_own() -> None:
+    model = memory_model(known("llama-3.1-8b"), "nf4-dq", "native 24GiB")
+    assert model.terms(0, 33).comm == model.terms(1, 34).comm == 0
 
 
 def test_only_a_part_of_a_model_needs_buffers_for_neighbours() -> None:
@@ -327,24 +350,25 @@ def test_no_term_falls_with_context_or_concurrency(
 
 
 @law
-@given(LARGE, st.sampled_from(MACHINES[:4]), CONTEXTS)
+@given(LARGE, st.sampled_from([*MACHINES[:4], *NATIVE_MACHINES[:3]]), CONTEXTS)
 def test_a_more_precise_format_never_peaks_lower_on_a_gpu(
     spec: ModelSpec, machine: str, context: int
 ) -> None:
     peaks = []
-    for format_name in ("nf4-dq", "nf4", "llm-int8", "bf16"):
+    eight_bits = "int8" if machine in NATIVE_MACHINES else "llm-int8"
+    for format_name in ("nf4-dq", "nf4", eight_bits, "bf16"):
         model = memory_model(spec, format_name, machine, context=context)
         peaks.append(model.terms(0, model.num_units).peak_bytes)
     assert peaks == sorted(peaks)
 
 
 @law
-@given(SPECS, FORMAT_NAMES, CONTEXTS)
+@given(SPECS, FORMAT_NAMES, MACHINE_NAMES, CONTEXTS)
 def test_an_fp8_cache_is_half_of_a_16_bit_one(
-    spec: ModelSpec, format_name: str, context: int
+    spec: ModelSpec, format_name: str, machine: str, context: int
 ) -> None:
-    wide = memory_model(spec, format_name, context=context)
-    narrow = memory_model(spec, format_name, context=context, kv_dtype=DType.FLOAT8_E4M3FN)
+    wide = memory_model(spec, format_name, machine, context=context)
+    narrow = memory_model(spec, format_name, machine, context=context, kv_dtype=DType.FLOAT8_E4M3FN)
     overhead = wide.profile.kv_layer_overhead_bytes * spec.num_hidden_layers
     assert wide.kv_bytes() - overhead == 2 * (narrow.kv_bytes() - overhead)
 

@@ -46,6 +46,7 @@ HOSTILE: dict[str, tuple[dict[str, object], str | None, str]] = {
     "hidden size as float": (changed(hidden_size=64.0), "hidden_size", "64.0"),
     "hidden size null": (changed(hidden_size=None), "hidden_size", "is missing"),
     "hidden size huge": (changed(hidden_size=10**300), "hidden_size", "131,072"),
+    "a number beyond floats": (changed(rms_norm_eps=10**400), "rms_norm_eps", "too large a number"),
     "hidden size twice": (changed(n_embd=65), "n_embd", "contradicts 'hidden_size'"),
     "vocabulary huge": (changed(vocab_size=10**12), "vocab_size", "2,000,000"),
     "MLP without width": (changed(intermediate_size=0), "intermediate_size", "0 is not within"),
@@ -129,6 +130,16 @@ HOSTILE: dict[str, tuple[dict[str, object], str | None, str]] = {
         changed(SMALL_CONFIGS["qwen3-moe"], moe_intermediate_size=None),
         "moe_intermediate_size",
         "is missing",
+    ),
+    "shared experts null": (
+        changed(SMALL_CONFIGS["deepseek-v2"], n_shared_experts=None),
+        "n_shared_experts",
+        "is missing",
+    ),
+    "no shared experts": (
+        changed(SMALL_CONFIGS["deepseek-v3"], n_shared_experts=0),
+        "n_shared_experts",
+        "0 is not within 1 and 64",
     ),
     "sparse step zero": (
         changed(SMALL_CONFIGS["qwen3-moe"], decoder_sparse_step=0),
@@ -300,7 +311,10 @@ json_values = st.recursive(
     max_leaves=8,
 )
 field_names = st.sampled_from(
-    sorted({field for config in SMALL_CONFIGS.values() for field in config})
+    sorted(
+        {field for config in SMALL_CONFIGS.values() for field in config}
+        | {"hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"}
+    )
 )
 
 

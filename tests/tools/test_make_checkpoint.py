@@ -80,7 +80,7 @@ def test_shards_keep_their_bound_and_the_index_names_them_all(tmp_path: Path) ->
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2 * spec.num_parameters
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
-    made = plan(tmp_path, format="nf4")
+    made = plan(tmp_path, format="nf4", engine="transformers")
     load_model(made, resolve(str(tmp_path)), tmp_path)
 
 

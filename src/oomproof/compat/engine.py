@@ -17,9 +17,9 @@ import torch
 from transformers import StaticCache
 
 from oomproof.compat.measure import MemoryMeter
+from oomproof.engine.admission import check_request
 from oomproof.engine.messages import Event, FinishedEvent, FinishReason, Request, TokenEvent
-from oomproof.engine.sampling import Sampler
-from oomproof.errors import RequestError
+from oomproof.engine.sampling import RequestSampler
 from oomproof.loading.devices import release_devices
 from oomproof.memory.kv_cache import KV_FORMATS, planned_tokens
 from oomproof.memory.terms import DeviceTerms
@@ -33,7 +33,7 @@ class _Active:
 
     request: Request
     cache: Any
-    sampler: Sampler
+    sampler: RequestSampler
     position: int = 0
     """Tokens already in the cache."""
     pending: tuple[int, ...] = ()
@@ -77,23 +77,8 @@ class TransformersEngine:
         Raises:
             RequestError: Prompt and answer can never fit in the planned context.
         """
-        prompt = len(request.prompt_tokens)
-        context = self._plan.context
-        if prompt + request.max_new_tokens > context:
-            room = context - prompt
-            remedy = (
-                f"ask for at most {room:,} new tokens"
-                if room > 0
-                else f"shorten the prompt to fewer than {context:,} tokens"
-            )
-            raise RequestError(
-                f"a prompt of {prompt:,} tokens and an answer of up to "
-                f"{request.max_new_tokens:,} do not fit in the planned context of {context:,}",
-                remedy=f"{remedy}, or plan with --context {prompt + request.max_new_tokens}",
-            )
         vocab_size = self.model.config.get_text_config().vocab_size
-        if not 0 <= min(request.prompt_tokens) <= max(request.prompt_tokens) < vocab_size:
-            raise RequestError(f"a prompt token is outside the vocabulary of {vocab_size:,}")
+        check_request(request, context=self._plan.context, vocab_size=vocab_size)
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
@@ -143,7 +128,9 @@ class TransformersEngine:
             _Active(
                 request=request,
                 cache=cache,
-                sampler=Sampler(request.sampling, self._logits_device),
+                sampler=RequestSampler(
+                    request.sampling, self._logits_device, request.prompt_tokens
+                ),
                 pending=request.prompt_tokens,
             )
         )
@@ -155,13 +142,21 @@ class TransformersEngine:
         active.pending = rest
         if rest:
             return []
-        token = active.sampler.sample(logits)
+        drawn = active.sampler.draw(logits)
+        token = drawn.token
         request = active.request
         if token in request.stop_tokens:
             return [self._finish(active, "stop")]
         active.new_tokens += 1
         active.pending = (token,)
-        events: list[Event] = [TokenEvent(request_id=request.id, token=token)]
+        events: list[Event] = [
+            TokenEvent(
+                request_id=request.id,
+                token=token,
+                logprob=drawn.logprob,
+                top_logprobs=drawn.top_logprobs,
+            )
+        ]
         if active.new_tokens == request.max_new_tokens:
             events.append(self._finish(active, "length"))
         return events

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -37,7 +38,7 @@ def measure_limits(device: torch.device, spare_bytes: int) -> Limits:
     size = min(2 * GIB if on_gpu else 256 * MIB, spare_bytes // 4)
     size -= size % MIB
     values = torch.ones(max(MIB, size) // 4, dtype=torch.float32, device=device)
-    read_s = _seconds(lambda: values.sum(), device)
+    read_s = _seconds(values.sum, device)
     side = 8192 if on_gpu else 1024
     while side > 256 and 3 * 2 * side * side > spare_bytes // 2:
         side //= 2
@@ -45,12 +46,12 @@ def measure_limits(device: torch.device, spare_bytes: int) -> Limits:
     left = torch.randn(side, side, dtype=torch.float32, device=device).to(dtype)
     right = torch.randn(side, side, dtype=torch.float32, device=device).to(dtype)
     out = torch.empty_like(left)
-    product_s = _seconds(lambda: torch.mm(left, right, out=out), device)
+    product_s = _seconds(partial(torch.mm, left, right, out=out), device)
     link = None
     if on_gpu:
         target = values.view(torch.uint8)[: 256 * MIB]
         pinned = torch.ones(target.numel(), dtype=torch.uint8, pin_memory=True)
-        link_s = _seconds(lambda: target.copy_(pinned, non_blocking=True), device)
+        link_s = _seconds(partial(target.copy_, pinned, non_blocking=True), device)
         link = target.numel() / link_s
     limits = Limits(
         read_bytes_per_s=values.nbytes / read_s,

@@ -18,8 +18,10 @@ from oomproof.units import MIB
 
 CHUNK_TOKENS = 1024
 """A prompt is processed this many tokens at a time."""
-SCRATCH_BYTES = 32 * MIB
-"""Slices of dequantized weights: half of an H200's L2, so that the product reads them from it."""
+SLICE_ROWS = 2048
+"""Rows of a weight that are dequantized at once: with a chunk of a prompt they make enough tiles to
+keep every multiprocessor of an H200 busy."""
+_LEAST_SCRATCH_BYTES = 32 * MIB
 PINNED_BYTES = 256 * MIB
 """Page-locked host memory that a checkpoint's bytes pass through."""
 DEVICE_STAGING_BYTES = 192 * MIB
@@ -102,7 +104,7 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
         Buffer(name="inputs", shape=(3, tokens), dtype=DType.INT32),
         Buffer(name="hidden", shape=(tokens, hidden), dtype=compute),
         Buffer(name="normed", shape=(tokens, hidden), dtype=compute),
-        Buffer(name="scratch", shape=(SCRATCH_BYTES if shape.quantized else 0,), dtype=DType.UINT8),
+        Buffer(name="scratch", shape=(scratch_bytes(spec, shape),), dtype=DType.UINT8),
     ]
     if shape.has_layers:
         splits = decode_splits(shape.context)
@@ -154,6 +156,15 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
             ),
         ]
     return tuple(buffers)
+
+
+def scratch_bytes(spec: ModelSpec, shape: StepShape) -> int:
+    """What products with quantized weights write to besides their result; 0 in 16 bits."""
+    if not shape.quantized:
+        return 0
+    queries = spec.num_attention_heads * spec.attention[0].key_head_dim
+    columns = max(spec.hidden_size, spec.intermediate_size, queries)
+    return max(_LEAST_SCRATCH_BYTES, SLICE_ROWS * columns * shape.compute_dtype.itemsize)
 
 
 def step_layout(spec: ModelSpec, shape: StepShape) -> Layout:

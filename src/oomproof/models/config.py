@@ -50,7 +50,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "qk_nope_head_dim": (1, 1024),
     "qk_rope_head_dim": (1, 1024),
     "v_head_dim": (1, 1024),
-    "n_shared_experts": (0, 64),
+    "n_shared_experts": (1, 64),
     "first_k_dense_replace": (0, 1024),
     "bits": (1, 16),
     "num_bits": (1, 16),
@@ -219,7 +219,10 @@ class ConfigReader:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(name, f"{shown(value)} is not a number")
-        return value
+        try:
+            return float(value)
+        except OverflowError:
+            self.fail(name, f"{shown(value)} is too large a number")
 
     def nested(self, name: str, *, defaults: Mapping[str, object]) -> ConfigReader:
         """The reader of an object inside this one.

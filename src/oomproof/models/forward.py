@@ -78,7 +78,9 @@ def read_forward(
         return "the native engine has no decoder of this family yet"
     activation = reader.text("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
-        return f"the native engine computes silu, not {activation}"
+        return f"the native engine computes silu, not {shown(activation)}"
+    if head_dim % 2:
+        return f"the native engine rotates the halves of a head, and {head_dim} has none"
     rope = _read_rope(reader)
     if isinstance(rope, str):
         return rope
@@ -93,13 +95,17 @@ def read_forward(
 
 
 def _read_rope(reader: ConfigReader) -> RopeSpec | str:
-    """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-    both = _object(reader, "rope_parameters")
-    scaling = both or _object(reader, "rope_scaling")
+    """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
+
+    Where a file has both, transformers goes by `rope_scaling`, and so does this.
+    """
+    scaling = _object(reader, "rope_scaling") or _object(reader, "rope_parameters")
+    has_theta = scaling is not None and scaling.value("rope_theta") is not None
     theta = _positive(
-        both if both is not None and both.value("rope_theta") is not None else reader,
+        scaling if scaling is not None and has_theta else reader,
         "rope_theta",
         _DEFAULT_ROPE_THETA,
+        more_than=1.0,
         most=1e12,
     )
     for holder in (scaling, reader):
@@ -108,35 +114,48 @@ def _read_rope(reader: ConfigReader) -> RopeSpec | str:
             return f"the native engine rotates whole heads, not {partial:g} of them"
     if scaling is None:
         return RopeSpec(theta=theta)
+    if any(isinstance(value, Mapping) for value in scaling.values.values()):
+        return "the native engine rotates all layers alike, not each type of them in its own way"
     kind = scaling.text("rope_type") or scaling.text("type") or "default"
     if kind not in ROPE_KINDS:
         return f"the native engine has no {shown(kind)} rotary positions"
     if kind == "default":
         return RopeSpec(theta=theta)
-    original = scaling.integer("original_max_position_embeddings") or reader.required(
-        "max_position_embeddings"
-    )
-    attention_factor = scaling.number("attention_factor")
-    if kind == "yarn" and (
-        scaling.value("mscale") is not None or scaling.value("mscale_all_dim") is not None
-    ):
-        return "the native engine has no yarn rotary positions with mscale"
+    if kind == "yarn" and (refusal := _why_not_yarn(scaling)) is not None:
+        return refusal
+    has_attention_factor = scaling.value("attention_factor") is not None
     return RopeSpec(
         theta=theta,
         kind=kind,
         factor=_required_factor(scaling),
         low_freq_factor=_positive(scaling, "low_freq_factor", 1.0, most=1e6),
         high_freq_factor=_positive(scaling, "high_freq_factor", 4.0, most=1e6),
-        original_max_position_embeddings=original,
-        attention_factor=attention_factor,
+        # transformers takes the one beside the other fields before the one among the parameters.
+        original_max_position_embeddings=reader.integer("original_max_position_embeddings")
+        or scaling.integer("original_max_position_embeddings")
+        or reader.required("max_position_embeddings"),
+        attention_factor=(
+            _positive(scaling, "attention_factor", 1.0, most=_MAX_MULTIPLIER)
+            if has_attention_factor
+            else None
+        ),
         beta_fast=_positive(scaling, "beta_fast", 32.0, most=1e6),
         beta_slow=_positive(scaling, "beta_slow", 1.0, most=1e6),
     )
 
 
+def _why_not_yarn(scaling: ConfigReader) -> str | None:
+    if scaling.value("mscale") is not None or scaling.value("mscale_all_dim") is not None:
+        return "the native engine has no yarn rotary positions with mscale"
+    if scaling.value("truncate") is not None and not scaling.boolean("truncate"):
+        return "the native engine has no yarn rotary positions without truncation"
+    return None
+
+
 def _object(reader: ConfigReader, name: str) -> ConfigReader | None:
+    """The reader of an object; None where there is none, or nothing in it."""
     value = reader.value(name)
-    if value is None:
+    if value is None or value == {}:
         return None
     if not isinstance(value, Mapping):
         reader.fail(name, f"{shown(value)} is not an object")
@@ -152,12 +171,14 @@ def _required_factor(reader: ConfigReader) -> float:
     return factor
 
 
-def _positive(reader: ConfigReader, name: str, default: float, *, most: float) -> float:
+def _positive(
+    reader: ConfigReader, name: str, default: float, *, most: float, more_than: float = 0.0
+) -> float:
     value = reader.number(name)
     if value is None:
         return default
-    if not 0 < value <= most:
-        reader.fail(name, f"{value:g} is not more than 0 and at most {most:g}")
+    if not more_than < value <= most:
+        reader.fail(name, f"{value:g} is not more than {more_than:g} and at most {most:g}")
     return float(value)
 
 

@@ -30,44 +30,57 @@ def why_not_runnable(
     """Why the engine cannot run a model in a format on these devices; None where it can."""
     if any(layer.is_latent for layer in spec.attention):
         return "multi-head latent attention is planned and not run by this version"
-    stored = spec.checkpoint_quantization
     if profiles[0].engine == "native":
         refusal = why_not_native(spec, weight_format, devices)
         if refusal is not None:
             return refusal
     for profile, device in zip(profiles, devices, strict=True):
-        on_bitsandbytes = profile.engine == "transformers" and weight_format.quant_type is not None
-        if device.kind == "cpu" and on_bitsandbytes:
-            narrow = _unpackable(spec, profile)
-            if narrow is not None:
-                return (
-                    f"{weight_format.name} is not run on a CPU: bitsandbytes' kernels there want "
-                    f"weights of 32 × 64, and {narrow.name} is "
-                    f"{narrow.shape[0]} × {narrow.shape[1]}"
-                )
-        needed = weight_format.min_compute_capability
-        has = device.compute_capability
-        if needed is not None and has is not None and has < needed:
+        held = _why_not_held(spec, weight_format, profile, device)
+        refusal = held or _why_not_cached(kv_format, compute_dtype, profile)
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def _why_not_held(
+    spec: ModelSpec, weight_format: Format, profile: EngineProfile, device: DeviceSpec
+) -> str | None:
+    """Why an engine does not run weights in a format on a device."""
+    if device.kind == "cpu" and profile.engine == "transformers" and weight_format.quant_type:
+        narrow = _unpackable(spec, profile)
+        if narrow is not None:
             return (
-                f"{weight_format.name} needs compute capability {needed[0]}.{needed[1]}, "
-                f"{device.name} has {has[0]}.{has[1]}"
+                f"{weight_format.name} is not run on a CPU: bitsandbytes' kernels there want "
+                f"weights of 32 × 64, and {narrow.name} is "
+                f"{narrow.shape[0]} × {narrow.shape[1]}"
             )
-        if stored is not None and stored.method != "bitsandbytes":
-            return (
-                f"{stored.method} checkpoints are planned as they are, and not run by the "
-                f"{profile.engine} engine here; {stored.runs_with} runs them"
-            )
-        if weight_format.name not in profile.formats:
-            return (
-                f"{weight_format.name} is not run by the {profile.engine} engine on {device.kind}"
-            )
-        if kv_format not in profile.kv_formats:
-            return f"a {kv_format} KV cache is not kept by the {profile.engine} engine"
-        if profile.kv_in_compute_dtype and KV_FORMATS[kv_format] is not compute_dtype:
-            return (
-                f"the {profile.engine} engine keeps its KV cache in the compute dtype, "
-                f"{compute_dtype}, not in {kv_format}"
-            )
+    needed = weight_format.min_compute_capability
+    has = device.compute_capability
+    if needed is not None and has is not None and has < needed:
+        return (
+            f"{weight_format.name} needs compute capability {needed[0]}.{needed[1]}, "
+            f"{device.name} has {has[0]}.{has[1]}"
+        )
+    stored = spec.checkpoint_quantization
+    if stored is not None and stored.method != "bitsandbytes":
+        return (
+            f"{stored.method} checkpoints are planned as they are, and not run by the "
+            f"{profile.engine} engine here; {stored.runs_with} runs them"
+        )
+    if weight_format.name not in profile.formats:
+        return f"{weight_format.name} is not run by the {profile.engine} engine on {device.kind}"
+    return None
+
+
+def _why_not_cached(kv_format: str, compute_dtype: DType, profile: EngineProfile) -> str | None:
+    """Why an engine does not keep a KV cache in a format."""
+    if kv_format not in profile.kv_formats:
+        return f"a {kv_format} KV cache is not kept by the {profile.engine} engine"
+    if profile.kv_in_compute_dtype and KV_FORMATS[kv_format] is not compute_dtype:
+        return (
+            f"the {profile.engine} engine keeps its KV cache in the compute dtype, "
+            f"{compute_dtype}, not in {kv_format}"
+        )
     return None
 
 

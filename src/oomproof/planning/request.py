@@ -79,6 +79,9 @@ class PlanRequest:
                 f"unknown offload {self.offload!r}",
                 remedy=f"use one of {', '.join(get_args(Offload))}",
             )
+        self._check_limits()
+
+    def _check_limits(self) -> None:
         if self.concurrency != "auto" and not 1 <= self.concurrency <= MAX_CONCURRENCY:
             raise InputError(f"concurrency {self.concurrency} must be from 1 to {MAX_CONCURRENCY}")
         if self.reserve_bytes < 0:

@@ -50,6 +50,13 @@ class Calibration:
     """Checkpoint bytes that are read, quantized and placed a second, files in the page cache."""
     measured: str
     """When, on which device, with which versions."""
+    added_overhead_s: float = 0.0
+    """What a layer costs in a decode step besides reading its weights."""
+    attention_flops_efficiency: float = 0.31
+    """Share of the FLOP/s that attention over a chunk reaches, as if it saw the whole context: 8B
+    and 14B at 4k, 8k and 32k."""
+    batch_step_factor: float | None = None
+    """A decode step of several requests over one of one request; None where they take turns."""
 
 
 _H200 = "NVIDIA H200, torch 2.11, transformers 5.17, bitsandbytes 0.50.2"
@@ -92,23 +99,32 @@ CALIBRATIONS: dict[tuple[str, str], Calibration] = {
     ),
 }
 
-_NATIVE = "not measured yet"
-for _kind, _bandwidth in (("16-bit", 0.6), ("8-bit", 0.4), ("4-bit", 0.25)):
+_NATIVE_SOURCE = (
+    "2026-11-21, NVIDIA H200, torch 2.11, Triton 3.6 "
+    "(benchmarks/results/rehearsals-native-h200.jsonl)"
+)
+for _kind, _bandwidth, _flops, _batch in (
+    # Kind or format, share of the bandwidth, share of the FLOP/s, step of several over step of one.
+    ("16-bit", 0.87, 0.68, 1.0),
+    ("8-bit", 0.40, 0.46, 1.1),
+    ("fp8", 0.40, 0.77, 1.1),
+    ("4-bit", 0.14, 0.48, 1.7),
+):
     CALIBRATIONS["native", _kind] = Calibration(
         bandwidth_efficiency=_bandwidth,
-        flops_efficiency=0.5,
-        layer_overhead_s=0.05e-3,
-        chunk_overhead_s=0.4e-3,
+        flops_efficiency=_flops,
+        layer_overhead_s=0.0,
+        chunk_overhead_s=0.25e-3,
         split_overhead_s=0.0,
-        load_bytes_per_s=20e9,
-        measured=_NATIVE,
+        load_bytes_per_s=16e9,
+        measured=_NATIVE_SOURCE,
+        added_overhead_s=0.04e-3,
+        attention_flops_efficiency=0.40,
+        batch_step_factor=_batch,
     )
 
 ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
 """Share of the bandwidth that copying keys and values to the query heads reaches, as 16 bits do."""
-ATTENTION_FLOPS_EFFICIENCY = 0.31
-"""Share of the FLOP/s that attention over a chunk reaches: 8B and 14B at 4k, 8k and 32k, H200."""
-
 HOP_S = 30e-6
 """Hidden states of one token from one device to the next: a copy of some KiB and its launch."""
 
@@ -127,6 +143,9 @@ _DEFAULT_HOST_LINK = 31.5e9
 
 def calibration(engine: str, weight_format: Format) -> Calibration:
     """The measured efficiency that is nearest to how the engine runs a format."""
+    own = CALIBRATIONS.get((engine, weight_format.name))
+    if own is not None:
+        return own
     if not weight_format.is_quantized:
         return CALIBRATIONS[engine, "16-bit"]
     if weight_format.bits_per_weight < 8:
@@ -180,10 +199,12 @@ class SpeedModel:
         attention_bandwidth = datasheet * ATTENTION_BANDWIDTH_EFFICIENCY
         overhead_s = 0.0 if on_cpu else measured.layer_overhead_s
         split_s = 0.0 if on_cpu else measured.split_overhead_s
+        added_s = 0.0 if on_cpu else measured.added_overhead_s
         alone = [
             decode_factor
             * (
                 max(model.traffic_bytes(unit, unit + 1) / bandwidth, overhead_s)
+                + added_s
                 + self._attention_bytes(unit) / attention_bandwidth
             )
             for unit in range(model.num_units)
@@ -192,6 +213,12 @@ class SpeedModel:
         """A decode step, where the device holds the whole model."""
         self.unit_s = tuple(seconds + split_s for seconds in alone)
         """A decode step of each unit, where it holds a part of it."""
+        self.attention_s = tuple(
+            decode_factor * self._attention_bytes(unit) / attention_bandwidth
+            for unit in range(model.num_units)
+        )
+        """The part of it that grows with the requests."""
+        self.batch_step_factor = measured.batch_step_factor
 
     def _attention_bytes(self, unit: int) -> float:
         """Bytes of keys and values that one request's step moves in a unit."""
@@ -216,7 +243,7 @@ class SpeedModel:
         overhead_s = 0.0 if device.kind == "cpu" else self._measured.chunk_overhead_s
         launches_s = (end - first) * overhead_s / model.profile.prefill_chunk_tokens
         attention_s = self._attention_flops(first, end) / (
-            device.flops_per_s * ATTENTION_FLOPS_EFFICIENCY
+            device.flops_per_s * self._measured.attention_flops_efficiency
         )
         return self._prefill_factor * (max(flops / rate, launches_s) + attention_s)
 
@@ -255,13 +282,22 @@ def predict_speed(
         # Every chunk of a prompt waits for the streamed weights as a decode step does.
         chunk = min(speed.prefill_chunk_tokens for speed, _, _ in stages)
         prefill_s += streaming_s / chunk
-    decode = _rounded(1 / decode_s)
-    # Requests take turns, one token each: together they are as fast as one alone.
     return TokensPerSecond(
-        decode=decode,
-        decode_total=decode,
+        decode=_rounded(1 / decode_s),
+        decode_total=_rounded(_total_speed(stages, decode_s)),
         prefill=_rounded(1 / prefill_s) if prefill_s else None,
     )
+
+
+def _total_speed(stages: Sequence[tuple[SpeedModel, int, int]], decode_s: float) -> float:
+    """Tokens a second of all requests together."""
+    speed = stages[0][0]
+    requests, factor = speed.model.demand.concurrency, speed.batch_step_factor
+    if factor is None or requests == 1:
+        # Requests take turns, one token each: together they are as fast as one alone.
+        return 1 / decode_s
+    attention_s = sum(sum(speed.attention_s[first:end]) for speed, first, end in stages)
+    return requests / (factor * (decode_s - attention_s) + requests * attention_s)
 
 
 def load_seconds(spec: ModelSpec, weight_format: Format, engine: str) -> float:

@@ -26,9 +26,7 @@ class Operator(Generic[P, R]):
         mutates_args: Names of the arguments that it writes to.
     """
 
-    def __init__(
-        self, name: str, reference: Callable[P, R], mutates_args: Sequence[str]
-    ) -> None:
+    def __init__(self, name: str, reference: Callable[P, R], mutates_args: Sequence[str]) -> None:
         self._qualified_name = name
         namespace, self._name = name.split("::")
         if namespace not in _LIBRARIES:

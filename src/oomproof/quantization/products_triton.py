@@ -18,6 +18,8 @@ from oomproof.quantization.product_kernels_triton import (
 
 FEW_TOKENS = 64
 """The most tokens of a product that is computed here."""
+_VECTOR_TILES = {4: (4, 512, 1), 8: (4, 512, 1)}
+"""For one token, by bits of a code: most rows of a program, columns of a step, warps."""
 _PROGRAMS = 2048
 """Programs that keep the memory of the largest GPUs busy: several on each of 132 processors."""
 _DOT_PROGRAMS = 264
@@ -37,17 +39,17 @@ class Tile:
     num_stages: int
 
 
-def tiles(tokens: int, rows: int, columns: int, *, itemsize: int = 2) -> Tile:
+def tiles(tokens: int, rows: int, columns: int, *, bits: int, itemsize: int = 2) -> Tile:
     """The tile of a product with [rows, columns]; every number that decides on speed is here."""
     if tokens == 1:
-        # One warp: nothing has to wait at a barrier. Few rows a program where the weight has few:
-        # to split columns would cost a second launch.
-        fewer = max(1, min(4, rows // _PROGRAMS))
+        most_rows, step, warps = _VECTOR_TILES[bits]
+        # Few rows a program where the weight has few: to split columns would cost a second launch.
+        fewer = max(1, min(most_rows, rows // _PROGRAMS))
         return Tile(
             rows=1 << (fewer.bit_length() - 1),
-            columns=min(512, max(64, 1 << (columns - 1).bit_length())),
+            columns=min(step, max(64, 1 << (columns - 1).bit_length())),
             splits=1,
-            num_warps=1,
+            num_warps=warps,
             num_stages=1,
         )
     # In float32 a tile takes twice the shared memory.
@@ -64,7 +66,7 @@ def product_4bit(
 ) -> None:
     """x [tokens, columns] with columns in whole blocks, at most FEW_TOKENS; out [tokens, rows]."""
     (tokens, columns), rows = x.shape, out.shape[1]
-    tile = tiles(tokens, rows, columns, itemsize=x.itemsize)
+    tile = tiles(tokens, rows, columns, bits=4, itemsize=x.itemsize)
     (codes, *others), flags = weight.arguments()
     words, groups = codes.view(torch.int32), columns // BLOCK_SIZE
     if tokens == 1:
@@ -123,10 +125,13 @@ def product_8bit(
     (tokens, columns), rows = x.shape, out.shape[1]
     is_fp8 = codes.dtype == torch.float8_e4m3fn
     if tokens == 1 and columns % 4 == 0:
-        kernel, tile = vector_8bit, tiles(1, rows, columns, itemsize=x.itemsize)
+        kernel, tile = vector_8bit, tiles(1, rows, columns, bits=8, itemsize=x.itemsize)
         codes = codes.view(torch.int32)
     else:
-        kernel, tile = dot_8bit, tiles(max(2, tokens), rows, columns, itemsize=x.itemsize)
+        kernel, tile = (
+            dot_8bit,
+            tiles(max(2, tokens), rows, columns, bits=8, itemsize=x.itemsize),
+        )
         codes = codes.view(torch.uint8) if is_fp8 else codes
     splits, step = _splits(tile, tokens, rows, columns, scratch)
     target = out if splits == 1 else _partials(scratch, splits, tokens, rows)

@@ -70,12 +70,7 @@ class NativeDevice:
         total = sum(self._blocks[unit].size_bytes for unit in resident)
         total += STREAMING_BUFFERS * largest
         if total > self.planned.terms.weights:
-            raise PlanMismatchError(
-                (
-                    f"device {self.planned.index}: planned {self.planned.terms.weights:,} bytes "
-                    f"of weights, its tensors take {total:,}",
-                )
-            )
+            raise PlanMismatchError((_too_large(self.planned, total),))
         self.weights = torch.empty(total, dtype=torch.uint8, device=self.device)
         """Every weight here, streaming buffers included."""
         self._memory: dict[int, torch.Tensor] = {}
@@ -117,11 +112,12 @@ class NativeDevice:
             default=0,
         )
 
-    def targets(self, workspace: torch.Tensor) -> list[Target]:
+    def targets(self, workspace: torch.Tensor, *, made_up: bool) -> list[Target]:
         """Where the loader brings each of the device's tensors.
 
         Args:
             workspace: float32 on the device, of `workspace_numel`, of no use after loading.
+            made_up: Whether weights are random, and no file has them.
         """
         found = [
             Parameter(placed, memory).target(workspace)
@@ -135,7 +131,8 @@ class NativeDevice:
         for layer, host in zip(self._streamed, self.layer_stream.host, strict=True):
             for placed in self._blocks[layer + 1].placed:
                 home = Parameter(placed, host)
-                found.append(Parameter(placed, buffer).target(workspace, home.parts))
+                away = Parameter(placed, buffer)
+                found.append(away.target(workspace, home.parts, made_up=made_up))
         return found
 
     @property
@@ -230,6 +227,13 @@ def _blocks(plan: Plan, spec: ModelSpec) -> Sequence[Block]:
         held = stored(tensor, weight_format, compute_dtype, roles)
         units[unit_of(tensor, spec)].append((tensor, held))
     return [lay_out_block(unit, plan.format) for unit in units]  # type: ignore[arg-type]
+
+
+def _too_large(planned: DevicePlan, weights_bytes: int) -> str:
+    return (
+        f"device {planned.index}: planned {planned.terms.weights:,} bytes of weights, "
+        f"its tensors take {weights_bytes:,}"
+    )
 
 
 def _units(planned: DevicePlan, spec: ModelSpec) -> list[int]:

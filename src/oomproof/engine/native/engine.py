@@ -205,12 +205,15 @@ class NativeEngine:
                 request_id=request.id,
                 token=token,
                 logprob=drawn.logprobs[row],
+                # Where fewer tokens are possible at all, the rest of the row is -1.
                 top_logprobs=tuple(
-                    zip(
+                    (other, logprob)
+                    for other, logprob in zip(
                         drawn.top_tokens[row][:wanted],
                         drawn.top_logprobs[row][:wanted],
                         strict=True,
                     )
+                    if other >= 0
                 ),
             )
         ]

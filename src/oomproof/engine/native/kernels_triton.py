@@ -6,6 +6,7 @@ and written as bytes with integer arithmetic, which any GPU has.
 """
 
 # Triton's language is not typed.
+# ruff: noqa: E501
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, import-untyped"
 
 from __future__ import annotations
@@ -351,7 +352,7 @@ def attend_prefill(
     scale: float,
     window: int,
 ) -> None:
-    """Tiles of a head's queries against all keys before them (FlashAttention 2, arXiv:2307.08691)."""
+    """Tiles of a head's queries against the keys before (FlashAttention 2, arXiv:2307.08691)."""
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     heads, rows = out.shape[1] // head_dim, qkv.shape[0]
     block = triton.next_power_of_2(head_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def load_engine(
     folder: Path,
     *,
     progress: LoadProgress | None = None,
+    on_reading: Callable[[], None] | None = None,
 ) -> NativeEngine:
     """The engine with a checkpoint's weights.
 
@@ -39,6 +41,7 @@ def load_engine(
         hardware: Probed before this process touched a GPU.
         folder: Where the model's files are.
         progress: Told of bytes read.
+        on_reading: Called when reading begins, and this thread mostly waits.
 
     Raises:
         CheckpointError: A damaged file, or a value that is not finite.
@@ -52,6 +55,8 @@ def load_engine(
     tied_head = {"lm_head.weight"} if spec.tie_word_embeddings else set()
 
     def fill(targets: Sequence[Target]) -> LoadReport:
+        if on_reading is not None:
+            on_reading()
         return load_checkpoint(
             folder,
             checkpoint,
@@ -60,7 +65,7 @@ def load_engine(
             ignored=lambda name: is_computed_buffer(name) or name in tied_head,
         )
 
-    return _start(plan, spec, NativeMeter(hardware), fill)
+    return _start(plan, spec, NativeMeter(hardware), fill, made_up=False)
 
 
 def load_random_engine(
@@ -89,10 +94,13 @@ def load_random_engine(
         spec,
         meter,
         lambda targets: load_random(spec, targets, progress=progress, seed=seed),
+        made_up=True,
     )
 
 
-def _start(plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill) -> NativeEngine:
+def _start(
+    plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill, *, made_up: bool
+) -> NativeEngine:
     if spec.forward is None:
         raise NotRunnableError(
             f"{spec.id}: {spec.not_native}", remedy="plan with --engine transformers"
@@ -113,7 +121,7 @@ def _start(plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill) -> Nativ
             workspace = torch.empty(
                 device.workspace_numel(), dtype=torch.float32, device=device.device
             )
-            targets += device.targets(workspace)
+            targets += device.targets(workspace, made_up=made_up)
         del workspace
         if warming is not None:
             warming.join()
@@ -122,6 +130,8 @@ def _start(plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill) -> Nativ
         for device in devices:
             if device.device.type == "cuda":
                 torch.cuda.synchronize(device.device)
+                # The one that cuBLAS was given while warming up: steps run on another stream.
+                torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - torch's notes on CUDA name it
                 torch.cuda.empty_cache()
         meter.weights_loaded()
         for device in devices:
@@ -133,9 +143,7 @@ def _start(plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill) -> Nativ
 def versions() -> str:
     """Of what the engine runs on."""
     found = [f"torch {torch.__version__}"]
-    try:
+    # A processor needs no Triton.
+    with suppress(PackageNotFoundError):
         found.append(f"triton {version('triton')}")
-    except PackageNotFoundError:
-        # A processor needs none.
-        pass
     return ", ".join(found)

@@ -88,13 +88,18 @@ class Parameter:
         return rows, columns
 
     def target(
-        self, workspace: torch.Tensor, copy_to: Mapping[str, torch.Tensor] | None = None
+        self,
+        workspace: torch.Tensor,
+        copy_to: Mapping[str, torch.Tensor] | None = None,
+        *,
+        made_up: bool = False,
     ) -> Target:
         """Where the loader brings it.
 
         Args:
             workspace: float32, what quantizing needs beside the parts, shared by all parameters.
             copy_to: Host memory that the finished parts are copied to; None where they stay.
+            made_up: Whether no file has it: then it is made on the device, wherever it goes.
         """
         spec = self.placed.spec
         if not self.placed.held.quantized:
@@ -106,7 +111,7 @@ class Parameter:
                 shape=self.shape,
                 device=self.parts["weight"].device,
                 store=partial(_store_plain, final),
-                place=final,
+                place=None if made_up and copy_to is not None else final,
             )
         shape = self.matrix_shape
         rows_multiple = (

@@ -24,6 +24,7 @@ _REQUIRED = (
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "n_shared_experts",
     "kv_lora_rank",
     "qk_nope_head_dim",
     "qk_rope_head_dim",

@@ -1,0 +1,253 @@
+"""Which engine runs a model: ours where it can, transformers where not, and the reason in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from oomproof.errors import InputError
+from oomproof.formats import FORMATS
+from oomproof.hardware.describe import describe
+from oomproof.hardware.spec import DeviceKind, DeviceSpec, Hardware, HostSpec
+from oomproof.models.resolve import resolve
+from oomproof.models.spec import ModelSpec
+from oomproof.planning.engines import ENGINES, choose_engine, why_not_native
+from oomproof.planning.plan import Plan
+from oomproof.planning.request import PlanRequest
+from oomproof.planning.search import make_plan
+from oomproof.units import GIB
+from tests.models.configs import SMALL_CONFIGS, spec_of
+
+HOST = HostSpec(
+    total_ram_bytes=64 * GIB, available_ram_bytes=60 * GIB, free_disk_bytes=None, cpu_count=8
+)
+NATIVE = {"llama", "mistral", "ministral", "qwen2", "qwen3", "granite", "seed-oss"}
+NO_DECODER = "the native engine has no decoder of this family yet"
+
+
+@cache
+def known(name: str) -> ModelSpec:
+    return spec_of(SMALL_CONFIGS[name]) if name in SMALL_CONFIGS else resolve(name)
+
+
+def device(
+    kind: DeviceKind = "cuda", capability: tuple[int, int] | None = (9, 0), index: int = 0
+) -> DeviceSpec:
+    return DeviceSpec(
+        index=index,
+        name=f"card {index}",
+        kind=kind,
+        total_bytes=24 * GIB,
+        free_bytes=24 * GIB,
+        compute_capability=capability,
+    )
+
+
+def planned(spec: ModelSpec | str, *devices: DeviceSpec, **options: Any) -> Plan:
+    machine = Hardware(devices=devices or (device(),), host=HOST, source="described")
+    found = known(spec) if isinstance(spec, str) else spec
+    return make_plan(found, machine, PlanRequest(**options))
+
+
+# --- families
+
+
+@pytest.mark.parametrize("name", SMALL_CONFIGS)
+def test_a_family_with_a_decoder_of_ours_is_run_by_it(name: str) -> None:
+    spec = known(name)
+    plan = planned(name, format="bf16")
+    if spec.family in NATIVE:
+        assert (plan.engine, plan.runnable, plan.attention) == ("native", True, "paged")
+    else:
+        assert plan.engine == "transformers"
+        assert why_not_native(spec, FORMATS["bf16"], [device()]) == NO_DECODER
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "the native engine computes silu, not 'gelu'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "the native engine has no 'dynamic' rotary positions",
+        ),
+    ],
+)
+def test_a_model_that_computes_in_another_way_is_run_by_transformers(
+    fields: dict[str, Any], reason: str
+) -> None:
+    spec = spec_of(SMALL_CONFIGS["llama"] | fields)
+    assert why_not_native(spec, FORMATS["bf16"], [device()]) == reason
+    assert planned(spec, format="bf16").engine == "transformers"
+    forced = planned(spec, format="bf16", engine="native")
+    assert (forced.engine, forced.runnable, forced.not_runnable) == ("native", False, reason)
+
+
+# --- formats
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_our_own_engine_runs_every_format_but_bitsandbytes_llm_int8(
+    kind: DeviceKind, format_name: str
+) -> None:
+    where = device(kind, (9, 0) if kind == "cuda" else None)
+    plan = planned("llama", where, format=format_name)
+    assert plan.engine == ("transformers" if format_name == "llm-int8" else "native")
+    assert plan.runnable
+    reason = why_not_native(known("llama"), FORMATS[format_name], [where])
+    assert reason == (
+        "the native engine does not hold llm-int8" if format_name == "llm-int8" else None
+    )
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_transformers_can_be_asked_for(format_name: str) -> None:
+    plan = planned("llama", format=format_name, engine="transformers")
+    assert plan.engine == "transformers"
+    assert plan.runnable == (format_name not in ("fp32", "int8", "fp8", "int4"))
+
+
+def test_auto_tries_bitsandbytes_8_bits_only_where_ours_are_not() -> None:
+    def tried(name: str) -> list[str]:
+        plan = planned(name)
+        return [plan.format, *(other.format for other in plan.alternatives)]
+
+    assert tried("llama") == ["bf16", "int8", "fp8", "nf4", "nf4-dq"]
+    assert tried("gemma2") == ["bf16", "int8", "llm-int8", "fp8", "nf4", "nf4-dq"]
+
+
+# --- devices
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        (device("cuda", (8, 0)), None),
+        (device("cuda", (8, 6)), None),
+        (device("cuda", (8, 9)), None),
+        (device("cuda", (12, 0)), None),
+        (device("cuda", None), None),
+        (device("cpu", None), None),
+        (
+            device("cuda", (7, 5)),
+            "the native engine needs compute capability 8.0, card 0 has 7.5",
+        ),
+        (
+            device("rocm", None),
+            "the native engine runs on NVIDIA GPUs and on processors, not on rocm",
+        ),
+        (
+            device("mps", None),
+            "the native engine runs on NVIDIA GPUs and on processors, not on mps",
+        ),
+    ],
+)
+def test_our_own_engine_runs_on_nvidia_gpus_from_8_0_and_on_processors(
+    where: DeviceSpec, reason: str | None
+) -> None:
+    assert why_not_native(known("llama"), FORMATS["nf4"], [where]) == reason
+    assert planned("llama", where, format="fp16").engine == (
+        "native" if reason is None else "transformers"
+    )
+    forced = planned("llama", where, format="fp16", engine="native")
+    assert (forced.engine, forced.runnable) == ("native", reason is None)
+    assert forced.not_runnable == reason
+
+
+def test_one_device_that_ours_does_not_run_on_gives_all_of_them_to_transformers() -> None:
+    new, old = device("cuda", (8, 6)), device("cuda", (7, 0), index=1)
+    assert planned("llama", new, old, format="fp16").engine == "transformers"
+    said = "the native engine needs compute capability 8.0, card 1 has 7.0"
+    assert why_not_native(known("llama"), FORMATS["fp16"], [new, old]) == said
+
+
+def test_old_cards_are_offered_what_transformers_runs_there() -> None:
+    plan = make_plan(known("llama-3.1-8b"), describe("T4", host=HOST), PlanRequest())
+    assert (plan.format, plan.engine, plan.runnable) == ("llm-int8", "transformers", True)
+    forced = make_plan(
+        known("llama-3.1-8b"), describe("T4", host=HOST), PlanRequest(engine="native")
+    )
+    assert not forced.runnable
+    assert "the native engine needs compute capability 8.0, Tesla T4 has 7.5" in forced.reasons
+
+
+# --- checkpoints that are quantized already
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+    ],
+    ids=lambda fields: str(fields["quant_method"]),
+)
+def test_a_checkpoint_that_is_quantized_already_is_not_ours(fields: dict[str, object]) -> None:
+    spec = spec_of(SMALL_CONFIGS["llama"] | {"quantization_config": fields})
+    own = spec.checkpoint_quantization
+    assert own is not None
+    assert own.format is not None
+    said = "the native engine quantizes 16-bit checkpoints itself, and reads no others yet"
+    assert why_not_native(spec, own.format, [device()]) == said
+    plan = planned(spec)
+    assert (plan.engine, plan.format) == ("transformers", own.format.name)
+    assert plan.runnable == (own.method == "bitsandbytes")
+    forced = planned(spec, engine="native")
+    assert (forced.engine, forced.runnable, forced.not_runnable) == ("native", False, said)
+
+
+# --- what was asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "format_name", "reason"),
+    [
+        ("gemma-2-9b", "nf4", NO_DECODER),
+        ("mixtral-8x7b", "nf4-dq", NO_DECODER),
+        ("llama-3.1-8b", "llm-int8", "the native engine does not hold llm-int8"),
+    ],
+)
+def test_our_own_engine_asked_for_what_it_cannot_is_planned_and_not_run(
+    name: str, format_name: str, reason: str
+) -> None:
+    machine = describe("2x80GiB", host=HOST)
+    request = PlanRequest(format=format_name, engine="native", context=1024)
+    plan = make_plan(known(name), machine, request)
+    assert (plan.engine, plan.fits, plan.runnable) == ("native", True, False)
+    assert plan.not_runnable == reason
+    assert reason in plan.reasons
+    assert all(device.terms.weights for device in plan.devices_in_use)
+    auto = make_plan(known(name), machine, replace(request, engine="auto"))
+    assert (auto.engine, auto.runnable) == ("transformers", True)
+
+
+def test_latent_attention_is_run_by_neither() -> None:
+    for engine in ("auto", *ENGINES):
+        plan = planned("deepseek-v2", format="bf16", engine=engine)
+        assert not plan.runnable
+        assert "latent attention" in (plan.not_runnable or "")
+
+
+@pytest.mark.parametrize("asked", ENGINES)
+def test_the_engine_that_is_asked_for_is_taken(asked: str) -> None:
+    for name in ("llama", "gemma2"):
+        assert choose_engine(asked, known(name), FORMATS["bf16"], [device()]) == asked
+
+
+@pytest.mark.parametrize("asked", ["", "vllm", "Native", "auto "])
+def test_an_engine_that_there_is_not_is_refused_with_those_there_are(asked: str) -> None:
+    with pytest.raises(InputError, match=rf"unknown engine '{asked}': use one of .*native, trans"):
+        planned("llama", engine=asked)
+
+
+def test_each_alternative_is_planned_for_the_engine_that_runs_it() -> None:
+    """Of a family of ours on a card of ours all are; where one is old, none is."""
+    for where, engine in ((device(), "native"), (device("cuda", (7, 5)), "transformers")):
+        plan = planned("llama-3.1-8b", where)
+        for other in plan.alternatives:
+            alone = planned("llama-3.1-8b", where, format=other.format)
+            assert (alone.engine, alone.runnable) == (engine, other.runnable)
