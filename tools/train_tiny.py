@@ -649,7 +649,7 @@ def train(
         with torch.autocast(device.type, torch.bfloat16):
             logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         factor = learning_rate_factor(step, preset.steps, preset.warmup)
         muon.step(preset.muon_lr * factor)
         for group in adamw.param_groups:

@@ -47,6 +47,32 @@ def test_a_plan_that_fits_says_so_with_its_context() -> None:
     assert "GPU 0" in done.out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "engine"),
+    [
+        (("llama-3.1-8b",), "native"),
+        (("llama-3.1-8b", "--engine", "transformers"), "transformers"),
+        (("llama-3.1-8b", "--format", "llm-int8"), "transformers"),
+        (("gemma-2-9b",), "transformers"),
+    ],
+)
+def test_the_engine_is_chosen_and_named(arguments: tuple[str, ...], engine: str) -> None:
+    done = invoke("plan", *arguments, "--gpus", "1x RTX 4090")
+    assert f"{engine} engine" in done.out
+    plain = json.loads(invoke("plan", *arguments, "--gpus", "1x RTX 4090", "--json").out)
+    assert (plain["engine"], plain["runnable"]) == (engine, True)
+    assert plain["attention"] == (
+        "paged" if engine == "native" else "eager" if "gemma" in arguments[0] else "sdpa"
+    )
+
+
+def test_an_engine_that_cannot_is_planned_with_the_reason() -> None:
+    done = invoke("plan", "gemma-2-9b", "--gpus", "24GiB", "--engine", "native")
+    assert (done.code, done.err) == (0, "")
+    assert "fits, but no engine here runs it" in done.out
+    assert "the native engine has no decoder of this family yet" in done.out
+
+
 def test_a_plan_that_does_not_fit_is_exit_code_3_and_says_by_how_much() -> None:
     done = invoke("plan", "llama-3.1-405b", "--gpus", "1x24GiB")
     assert (done.code, done.err) == (3, "")

@@ -17,7 +17,7 @@ from oomproof.compat.engine import TransformersEngine
 from oomproof.compat.measure import MemoryMeter
 from oomproof.compat.model import load_model
 from oomproof.engine.messages import Event, FinishedEvent, Request, SamplingOptions, TokenEvent
-from oomproof.engine.sampling import Sampler
+from oomproof.engine.sampling import Draw, RequestSampler
 from oomproof.errors import RequestError
 from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import Hardware
@@ -68,12 +68,12 @@ def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The logits that tokens were drawn from, in their order."""
     logits_seen: list[torch.Tensor] = []
 
-    class Recorder(Sampler):
-        def sample(self, logits: torch.Tensor) -> int:
+    class Recorder(RequestSampler):
+        def draw(self, logits: torch.Tensor) -> Draw:
             logits_seen.append(logits.clone())
-            return super().sample(logits)
+            return super().draw(logits)
 
-    monkeypatch.setattr(engine_module, "Sampler", Recorder)
+    monkeypatch.setattr(engine_module, "RequestSampler", Recorder)
     return logits_seen
 
 
@@ -213,6 +213,33 @@ def test_each_family_answers_as_transformers_does_beyond_its_window_and_in_chunk
         chunked = replace(made, prefill_chunk_tokens=chunk)
         assert answer(TransformersEngine(model, chunked, shapes, meter), prompt, 20) == expected
         assert torch.allclose(torch.stack(drawn_from), logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_log_probabilities_are_those_of_the_models_own_logits(
+    exact: Any, planned: Plan, spec: ModelSpec, hardware: Hardware
+) -> None:
+    engine = TransformersEngine(exact, planned, spec, MemoryMeter(planned, hardware))
+    prompt, sampling = prompt_of(20), SamplingOptions(temperature=5, top_k=9, seed=1, logprobs=3)
+    engine.submit(request_of(prompt, 6, sampling=sampling))
+    drawn = [event for event in finish(engine) if isinstance(event, TokenEvent)]
+    tokens = [event.token for event in drawn]
+    logits = logits_without_cache(exact, (*prompt, *tokens))[len(prompt) - 1 : -1]
+    for event, expected in zip(drawn, logits.log_softmax(dim=-1), strict=True):
+        assert event.logprob == pytest.approx(expected[event.token].item(), abs=1e-3)
+        values, best = expected.topk(3)
+        assert [token for token, _ in event.top_logprobs] == best.tolist()
+        told = [logprob for _, logprob in event.top_logprobs]
+        assert told == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_a_penalty_keeps_tokens_from_coming_again(engine: TransformersEngine) -> None:
+    prompt = prompt_of(20)
+    sampling = SamplingOptions(temperature=0, repetition_penalty=100)
+    engine.submit(request_of(prompt, 30, sampling=sampling))
+    tokens = tokens_of(finish(engine))
+    assert len(set(tokens)) == len(tokens) == 30
+    assert not set(tokens) & set(prompt)
 
 
 def test_more_requests_than_slots_answer_as_each_alone(engine: TransformersEngine) -> None:

@@ -18,7 +18,7 @@ from oomproof.memory.model import Demand, MemoryModel, WeightCosts
 from oomproof.memory.native import (
     CHUNK_TOKENS,
     DECODE_SPLITS,
-    SCRATCH_BYTES,
+    SLICE_ROWS,
     SPLIT_TOKENS,
     StepShape,
     chunk_tokens,
@@ -26,6 +26,7 @@ from oomproof.memory.native import (
     graph_sizes,
     layer_kv_bytes,
     layer_pages,
+    scratch_bytes,
     step_buffers,
     step_layout,
     step_tokens,
@@ -34,7 +35,7 @@ from oomproof.memory.profiles import EngineProfile, engine_profile
 from oomproof.memory.sampler import sampler_buffers
 from oomproof.models.resolve import resolve
 from oomproof.models.spec import AttentionSpec, ModelSpec
-from oomproof.units import round_up
+from oomproof.units import MIB, round_up
 from tests.models.configs import SMALL_CONFIGS, spec_of
 
 law = settings(derandomize=True, deadline=None, max_examples=100)
@@ -222,7 +223,7 @@ def test_the_buffers_of_8b_are_those_computed_by_hand() -> None:
         "inputs": 3 * tokens * 4,
         "hidden": tokens * 4096 * 2,
         "normed": tokens * 4096 * 2,
-        "scratch": SCRATCH_BYTES,
+        "scratch": SLICE_ROWS * 14_336 * 2,
         "pages.0": requests * 32 * 4,
         "rotary": 2 * 8192 * 64 * 4,
         "qkv": tokens * (32 + 2 * 8) * 128 * 2,
@@ -268,12 +269,18 @@ def test_a_device_without_layers_or_head_has_no_buffers_for_them() -> None:
 
 
 def test_only_quantized_weights_need_scratch() -> None:
-    [scratch] = (
-        one
-        for one in step_buffers(known("llama"), replace(SHAPE, quantized=False))
-        if one.name == "scratch"
-    )
-    assert scratch.size_bytes == 0
+    plain = replace(SHAPE, quantized=False)
+    for name in ("llama", "llama-3.1-405b"):
+        sizes = {one.name: one.size_bytes for one in step_buffers(known(name), plain)}
+        assert sizes["scratch"] == scratch_bytes(known(name), plain) == 0
+
+
+def test_scratch_holds_slices_of_the_widest_weight() -> None:
+    assert scratch_bytes(known("llama"), SHAPE) == 32 * MIB
+    for name, columns in (("llama-3.1-405b", 53_248), ("qwen3-32b", 25_600)):
+        assert scratch_bytes(known(name), SHAPE) == SLICE_ROWS * columns * 2
+        in_float32 = replace(SHAPE, compute_dtype=DType.FLOAT32)
+        assert scratch_bytes(known(name), in_float32) == SLICE_ROWS * columns * 4
 
 
 @law

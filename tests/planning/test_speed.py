@@ -22,7 +22,6 @@ from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
 from oomproof.planning.speed import (
     ATTENTION_BANDWIDTH_EFFICIENCY,
-    ATTENTION_FLOPS_EFFICIENCY,
     CALIBRATIONS,
     HOP_S,
     SpeedModel,
@@ -38,6 +37,7 @@ law = settings(derandomize=True, deadline=None, max_examples=40)
 HOST = HostSpec(
     total_ram_bytes=64 * GIB, available_ram_bytes=60 * GIB, free_disk_bytes=None, cpu_count=8
 )
+engines = pytest.mark.parametrize("engine", ["native", "transformers"])
 UNKNOWN = TokensPerSecond(decode=None, decode_total=None, prefill=None)
 
 
@@ -97,12 +97,13 @@ def planned(name: str, gpus: str, **options: Any) -> Plan:
 
 
 def test_efficiencies_are_shares_of_the_datasheet_and_dated() -> None:
-    for (engine, _), each in CALIBRATIONS.items():
+    for each in CALIBRATIONS.values():
         assert 0 < each.bandwidth_efficiency <= 1
         assert 0 < each.flops_efficiency <= 1
-        assert each.layer_overhead_s > 0
-        dated = each.measured.startswith("20")
-        assert dated or (engine, each.measured) == ("native", "not measured yet")
+        assert 0 < each.attention_flops_efficiency <= 1
+        assert each.layer_overhead_s + each.added_overhead_s > 0
+        assert each.batch_step_factor is None or each.batch_step_factor >= 1
+        assert each.measured.startswith("20")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_efficiencies_are_shares_of_the_datasheet_and_dated() -> None:
         ("native", "fp32", "16-bit"),
         ("native", "bf16", "16-bit"),
         ("native", "int8", "8-bit"),
-        ("native", "fp8", "8-bit"),
+        ("native", "fp8", "fp8"),
         ("native", "int4", "4-bit"),
         ("native", "nf4-dq", "4-bit"),
         ("native", "fp4", "4-bit"),
@@ -129,7 +130,7 @@ def test_a_format_takes_the_calibration_of_its_kind(
     assert calibration(engine, get_format(format_name)) is CALIBRATIONS[engine, kind]
 
 
-@pytest.mark.parametrize("engine", ["native", "transformers"])
+@engines
 def test_every_format_has_a_calibration(engine: str) -> None:
     of_engine = [each for (name, _), each in CALIBRATIONS.items() if name == engine]
     for weight_format in FORMATS.values():
@@ -172,6 +173,23 @@ def test_a_short_prompt_of_a_small_model_is_bound_by_launches() -> None:
     measured = CALIBRATIONS["transformers", "4-bit"]
     found = speed("llama-3.2-1b", "nf4", gpu(flops=1e18), context=1024)
     assert found.prefill == pytest.approx(1024 / (18 * measured.chunk_overhead_s), rel=0.01)
+
+
+def test_requests_take_turns_in_transformers_and_share_a_step_in_our_own_engine() -> None:
+    for engine, requests in (("transformers", 8), ("transformers", 1), ("native", 1)):
+        found = speed("llama-3.1-8b", "bf16", gpu(), concurrency=requests, engine=engine)
+        assert found.decode_total == found.decode
+    model = memory_model("llama-3.1-8b", "bf16", concurrency=8, engine="native")
+    one = SpeedModel("native", gpu(), model)
+    assert one.batch_step_factor is not None
+    attention_s = sum(one.attention_s)
+    assert 0 < attention_s < one.alone_s / 10
+    step_s = one.batch_step_factor * (one.alone_s - attention_s) + 8 * attention_s
+    found = speed("llama-3.1-8b", "bf16", gpu(), concurrency=8, engine="native")
+    assert found.decode_total == pytest.approx(8 / step_s, rel=0.005)
+    assert found.decode is not None
+    assert found.decode_total is not None
+    assert 4 * found.decode < found.decode_total < 8 * found.decode
 
 
 def test_devices_in_a_row_take_turns() -> None:
@@ -226,12 +244,13 @@ def test_loading_takes_the_time_of_the_checkpoints_bytes() -> None:
     assert found == pytest.approx(16.06e9 / rate, rel=0.01)
 
 
-def test_prefill_is_bound_by_flops() -> None:
-    found = speed("llama-3.1-8b", "bf16", gpu(flops=1e12))
+@engines
+def test_prefill_is_bound_by_flops(engine: str) -> None:
+    found = speed("llama-3.1-8b", "bf16", gpu(flops=1e12), engine=engine)
     parameters = known("llama-3.1-8b").num_parameters - 128_256 * 4096
-    efficiency = CALIBRATIONS["transformers", "16-bit"].flops_efficiency
-    attention = 4 * 8192 * 4096 * 32 / ATTENTION_FLOPS_EFFICIENCY
-    seconds = (2 * parameters / efficiency + attention) / 1e12
+    measured = CALIBRATIONS[engine, "16-bit"]
+    attention = 4 * 8192 * 4096 * 32 / measured.attention_flops_efficiency
+    seconds = (2 * parameters / measured.flops_efficiency + attention) / 1e12
     assert found.prefill == pytest.approx(1 / seconds, rel=0.005)
 
 
@@ -317,6 +336,7 @@ def test_speed_never_beats_the_memory_and_never_falls_with_faster_memory(
         assert found.decode is not None
         assert found.decode_total is not None
         assert found.decode_total >= found.decode > 0
+        assert found.decode_total <= 1.01 * concurrency * found.decode
         return found.decode
 
     model = memory_model(name, format_name, context, concurrency, engine)

@@ -106,9 +106,9 @@ _NATIVE_SOURCE = (
 for _kind, _bandwidth, _flops, _batch in (
     # Kind or format, share of the bandwidth, share of the FLOP/s, step of several over step of one.
     ("16-bit", 0.87, 0.68, 1.0),
-    ("8-bit", 0.40, 0.46, 1.1),
-    ("fp8", 0.40, 0.77, 1.1),
-    ("4-bit", 0.14, 0.48, 1.7),
+    ("8-bit", 0.65, 0.52, 1.25),
+    ("fp8", 0.50, 0.95, 1.33),
+    ("4-bit", 0.15, 0.54, 1.6),
 ):
     CALIBRATIONS["native", _kind] = Calibration(
         bandwidth_efficiency=_bandwidth,
@@ -116,10 +116,10 @@ for _kind, _bandwidth, _flops, _batch in (
         layer_overhead_s=0.0,
         chunk_overhead_s=0.25e-3,
         split_overhead_s=0.0,
-        load_bytes_per_s=16e9,
+        load_bytes_per_s=12e9,
         measured=_NATIVE_SOURCE,
         added_overhead_s=0.04e-3,
-        attention_flops_efficiency=0.40,
+        attention_flops_efficiency=0.43,
         batch_step_factor=_batch,
     )
 

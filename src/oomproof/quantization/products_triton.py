@@ -18,8 +18,9 @@ from oomproof.quantization.product_kernels_triton import (
 
 FEW_TOKENS = 64
 """The most tokens of a product that is computed here."""
-_VECTOR_TILES = {4: (4, 512, 1), 8: (4, 512, 1)}
-"""For one token, by bits of a code: most rows of a program, columns of a step, warps."""
+_VECTOR_TILES = {4: (4, 512, 1), 8: (1, 512, 1)}
+"""For one token, by bits of a code: most rows of a program, columns of a step, warps. The fastest
+of twelve on an H200 (benchmarks/LOG.md)."""
 _PROGRAMS = 2048
 """Programs that keep the memory of the largest GPUs busy: several on each of 132 processors."""
 _DOT_PROGRAMS = 264

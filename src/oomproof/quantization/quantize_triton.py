@@ -1,6 +1,7 @@
 """CUDA kernels that quantize, in Triton: the codes and scales of reference.py, bit for bit.
 
-Quotients are rounded as IEEE 754 says (`tl.div_rn`): `/` would be an approximation. Peaks are found
+Quotients are rounded as IEEE 754 says (`tl.div_rn`), but where bitsandbytes' own kernel does not: `/`
+would be an approximation everywhere. Peaks are found
 in the bit patterns of magnitudes, where NaN is the largest: a NaN reaches the scale, as it does in
 torch, instead of vanishing.
 """
@@ -140,6 +141,9 @@ def _quantize_blocks(
                 (values.numel() if divides else whole * BLOCK_SIZE) - start,
                 THRESHOLDS=thresholds,
                 DIVIDES=divides,
+                # bitsandbytes' kernels are compiled with fast arithmetic. fp4's thresholds are
+                # fractions of small numbers, which 16-bit weights meet exactly: there it tells.
+                APPROXIMATES=values.is_cuda and len(thresholds) == len(FP4_CODES) - 1,
                 BLOCKS=_BLOCKS,
             )
 
@@ -147,7 +151,8 @@ def _quantize_blocks(
 @triton.jit
 def _blocks(
     values, codes, scales, numel,
-    THRESHOLDS: tl.constexpr, DIVIDES: tl.constexpr, BLOCKS: tl.constexpr,
+    THRESHOLDS: tl.constexpr, DIVIDES: tl.constexpr, APPROXIMATES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     block = first + tl.arange(0, BLOCKS)
@@ -163,6 +168,12 @@ def _blocks(
         tl.store(scales + block, peak, mask=is_block)
         if DIVIDES:
             scaled = tl.div_rn(value, _at_least_tiny(peak)[:, None] + tl.zeros_like(value))
+        elif APPROXIMATES:
+            inverse = tl.inline_asm_elementwise(
+                "rcp.approx.ftz.f32 $0, $1;", "=f,f", [_at_least_tiny(peak)],
+                dtype=tl.float32, is_pure=True, pack=1,
+            )  # fmt: skip
+            scaled = value * inverse[:, None]
         else:
             scaled = (
                 value

@@ -10,10 +10,9 @@ import pytest
 import torch
 import transformers
 
-from oomproof.engine.messages import Event, FinishedEvent, Request, SamplingOptions, TokenEvent
+from oomproof.engine.messages import Request, SamplingOptions, TokenEvent
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.load import load_engine
-from oomproof.errors import RequestError
 from oomproof.formats import get_format
 from oomproof.hardware.probe import probe
 from oomproof.models.resolve import bundled_folder, resolve, with_checkpoint
