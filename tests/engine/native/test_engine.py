@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from oomproof.engine.messages import Request, SamplingOptions, TokenEvent
+from oomproof.engine.messages import FinishedEvent, Request, SamplingOptions, TokenEvent
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.load import load_engine
+from oomproof.errors import RequestError
 from oomproof.formats import get_format
 from oomproof.hardware.probe import probe
 from oomproof.models.resolve import bundled_folder, resolve, with_checkpoint
@@ -100,15 +101,34 @@ def assert_greedy(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> N
     assert float(behind.max()) < 1e-4
 
 
+def test_the_bundled_models_greedy_tokens_are_those_of_transformers() -> None:
+    assert_format("fp32", requests=20, new_tokens=200)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_the_bundled_models_greedy_tokens_are_those_of_transformers(format_name: str) -> None:
+def test_two_hundred_tokens_of_every_format_are_those_of_its_dequantized_weights(
+    format_name: str,
+) -> None:
+    assert_format(format_name, requests=20, new_tokens=200)
+
+
+@pytest.mark.parametrize("format_name", FORMATS[1:])
+def test_a_formats_greedy_tokens_are_those_of_its_dequantized_weights(format_name: str) -> None:
+    assert_format(format_name, requests=4, new_tokens=24)
+
+
+def assert_format(format_name: str, *, requests: int, new_tokens: int) -> None:
+    """Greedy tokens on the bundled model are those of transformers, in float32."""
     compute = {} if format_name == "fp32" else {"compute_dtype": "float32", "kv_format": "fp32"}
-    engine = engine_of(bundled_folder(), format=format_name, context=512, concurrency=20, **compute)
-    asked = prompts(20, 2048, 100)
-    answers = run(engine, [request(str(n), prompt, 200) for n, prompt in enumerate(asked)])
+    engine = engine_of(
+        bundled_folder(), format=format_name, context=512, concurrency=requests, **compute
+    )
+    asked = prompts(requests, 2048, 100)
+    answers = run(engine, [request(str(n), prompt, new_tokens) for n, prompt in enumerate(asked)])
     model = reference_model(bundled_folder(), format_name)
     for number, prompt in enumerate(asked):
-        assert len(answers[str(number)]) == 200
+        assert len(answers[str(number)]) == new_tokens
         assert_greedy(model, prompt, answers[str(number)])
     engine.close()
 
@@ -118,8 +138,98 @@ def test_every_family_computes_what_transformers_computes(family: str, tmp_path:
     folder = random_checkpoint(tmp_path / "model", family)
     engine = engine_of(folder, format="fp32", context=256, concurrency=3)
     asked = prompts(5, 2048, 3 * WINDOW)
-    answers = run(engine, [request(str(n), prompt, 100) for n, prompt in enumerate(asked)])
+    answers = run(engine, [request(str(n), prompt, 60) for n, prompt in enumerate(asked)])
     model = reference_model(folder, "fp32")
     for number, prompt in enumerate(asked):
         assert_greedy(model, prompt, answers[str(number)])
     engine.close()
+
+
+def test_company_changes_no_answer() -> None:
+    asked = prompts(8, 2048, 60)
+    together = engine_of(bundled_folder(), format="fp32", context=256, concurrency=8)
+    answers = run(together, [request(str(n), prompt, 40) for n, prompt in enumerate(asked)])
+    together.close()
+    alone = engine_of(bundled_folder(), format="fp32", context=256)
+    for number, prompt in enumerate(asked):
+        assert run(alone, [request("x", prompt, 40)])["x"] == answers[str(number)]
+    alone.close()
+
+
+def test_more_requests_than_slots_wait_for_their_turn() -> None:
+    engine = engine_of(bundled_folder(), format="bf16", context=256, concurrency=2)
+    answers = run(engine, [request(str(n), [5, 6, 7], 10) for n in range(7)])
+    assert {len(answer) for answer in answers.values()} == {10}
+    assert len({tuple(answer) for answer in answers.values()}) == 1
+    engine.close()
+
+
+def test_a_cancelled_request_ends_and_frees_its_pages() -> None:
+    engine = engine_of(bundled_folder(), format="bf16", context=256)
+    engine.submit(request("first", [5, 6, 7], 100))
+    engine.submit(request("second", [5, 6, 7], 3))
+    engine.step()
+    engine.cancel("first")
+    ended: list[FinishedEvent] = []
+    while not engine.idle:
+        ended += [event for event in engine.step() if isinstance(event, FinishedEvent)]
+    assert [(event.request_id, event.reason) for event in ended] == [
+        ("first", "cancelled"),
+        ("second", "length"),
+    ]
+    engine.close()
+
+
+def test_prompt_and_answer_may_fill_the_context_and_no_more() -> None:
+    engine = engine_of(bundled_folder(), format="bf16", context=256)
+    assert len(run(engine, [request("x", [7] * 250, 6)])["x"]) == 6
+    with pytest.raises(RequestError, match="do not fit in the planned context of 256"):
+        engine.submit(request("y", [7] * 250, 7))
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        engine.submit(request("z", [2048], 1))
+    engine.close()
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it() -> None:
+    engine = engine_of(bundled_folder(), format="fp32", context=256)
+    whole = run(engine, [request("x", [5, 6, 7], 30)])["x"]
+    stop = whole[10]
+    stopped = Request(
+        id="y",
+        prompt_tokens=(5, 6, 7),
+        max_new_tokens=30,
+        sampling=GREEDY,
+        stop_tokens=frozenset({stop}),
+    )
+    assert run(engine, [stopped])["y"] == whole[: whole.index(stop)]
+    engine.close()
+
+
+def test_logprobs_are_those_of_the_models_own_distribution() -> None:
+    engine = engine_of(bundled_folder(), format="fp32", context=256)
+    options = SamplingOptions(temperature=0.7, top_k=5, seed=3, logprobs=4)
+    engine.submit(request("x", [5, 6, 7], 12, options))
+    events: list[TokenEvent] = []
+    while not engine.idle:
+        events += [event for event in engine.step() if isinstance(event, TokenEvent)]
+    tokens = [event.token for event in events]
+    model = reference_model(bundled_folder(), "fp32")
+    with torch.inference_mode():
+        logits = model(torch.tensor([[5, 6, 7, *tokens]])).logits
+    expected = logits[0, 2:-1].log_softmax(dim=-1)
+    for row, event in zip(expected, events, strict=True):
+        assert event.logprob == pytest.approx(float(row[event.token]), abs=1e-3)
+        assert [token for token, _ in event.top_logprobs] == row.topk(4).indices.tolist()
+    engine.close()
+
+
+def test_an_fp8_cache_changes_little_and_takes_half() -> None:
+    engine = engine_of(bundled_folder(), format="bf16", kv_format="fp8", context=256)
+    whole = engine_of(bundled_folder(), format="bf16", context=256)
+    for prompt in prompts(3, 2048, 60):
+        one = request("x", prompt, 1)
+        assert run(engine, [one]) == run(whole, [one])
+    [small], [large] = engine.measured_terms().values(), whole.measured_terms().values()
+    assert 2 * small.kv_cache == large.kv_cache
+    engine.close()
+    whole.close()
