@@ -13,7 +13,7 @@ import transformers
 from oomproof.engine.messages import FinishedEvent, Request, SamplingOptions, TokenEvent
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.load import load_engine
-from oomproof.errors import RequestError
+from oomproof.errors import CheckpointError, RequestError
 from oomproof.formats import get_format
 from oomproof.hardware.probe import probe
 from oomproof.models.resolve import bundled_folder, resolve, with_checkpoint
@@ -233,3 +233,26 @@ def test_an_fp8_cache_changes_little_and_takes_half() -> None:
     assert 2 * small.kv_cache == large.kv_cache
     engine.close()
     whole.close()
+
+
+def test_a_tied_head_that_the_files_hold_too_must_be_the_embedding(tmp_path: Path) -> None:
+    def with_head(tensors: dict[str, torch.Tensor], change: float) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+
+    same = random_checkpoint(tmp_path / "same", "llama, tied", lambda t: with_head(t, 0.0))
+    engine = engine_of(same, format="bf16", context=256)
+    assert len(run(engine, [request("x", [5], 3)])["x"]) == 3
+    engine.close()
+    other = random_checkpoint(tmp_path / "other", "llama, tied", lambda t: with_head(t, 1.0))
+    with pytest.raises(CheckpointError, match="ties lm_head to the embedding"):
+        engine_of(other, format="bf16", context=256)
+
+
+def test_a_damaged_value_is_found_and_named(tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.inf
+
+    folder = random_checkpoint(tmp_path / "model", "llama", damage)
+    for format_name in ("bf16", "nf4-dq", "int8"):
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
+            engine_of(folder, format=format_name, context=256)

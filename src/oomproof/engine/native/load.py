@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +17,12 @@ from oomproof.errors import CheckpointError, NotRunnableError
 from oomproof.hardware.spec import Hardware
 from oomproof.loading.pipeline import load_checkpoint, load_random
 from oomproof.loading.targets import LoadProgress, LoadReport, Target, is_computed_buffer
-from oomproof.models.spec import ModelSpec
+from oomproof.models.spec import CheckpointSpec, CheckpointTensor, ModelSpec
 from oomproof.planning.plan import Plan
+from oomproof.units import MIB
+
+_HEAD = "lm_head.weight"
+_COMPARED_BYTES = 16 * MIB
 
 Fill = Callable[[Sequence[Target]], LoadReport]
 """Brings every target its tensor."""
@@ -52,7 +56,9 @@ def load_engine(
     checkpoint = spec.checkpoint
     if checkpoint is None:
         raise CheckpointError(str(folder), "holds no safetensors files")
-    tied_head = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+    tied_head = {_HEAD} if spec.tie_word_embeddings else set()
+    if spec.tie_word_embeddings:
+        _refuse_another_head(folder, checkpoint)
 
     def fill(targets: Sequence[Target]) -> LoadReport:
         if on_reading is not None:
@@ -96,6 +102,34 @@ def load_random_engine(
         lambda targets: load_random(spec, targets, progress=progress, seed=seed),
         made_up=True,
     )
+
+
+def _refuse_another_head(folder: Path, checkpoint: CheckpointSpec) -> None:
+    """Tied models may carry the head too, where it is the embedding once more."""
+    by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
+    head = by_name.get(_HEAD)
+    embedding = next(
+        (t for name, t in by_name.items() if name.endswith("embed_tokens.weight")), None
+    )
+    if head is None or embedding is None:
+        return
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+        left == right
+        for left, right in zip(_chunks(folder, head), _chunks(folder, embedding), strict=True)
+    )
+    if not same:
+        raise CheckpointError(
+            str(folder),
+            "config.json ties lm_head to the embedding, and the weights hold another lm_head",
+            remedy="config and weights do not belong together; download both again",
+        )
+
+
+def _chunks(folder: Path, tensor: CheckpointTensor) -> Iterator[bytes]:
+    with (folder / tensor.file).open("rb") as file:
+        file.seek(tensor.offset_bytes)
+        for start in range(0, tensor.size_bytes, _COMPARED_BYTES):
+            yield file.read(min(_COMPARED_BYTES, tensor.size_bytes - start))
 
 
 def _start(
