@@ -189,7 +189,7 @@ def test_from_pretrained_plans_for_transformers_by_itself() -> None:
 def test_from_pretrained_refuses_a_plan_for_our_own_engine() -> None:
     said = r'planned for the native engine, .*: plan it with engine="transformers"'
     with pytest.raises(InputError, match=said):
-        oomproof.from_pretrained(oomproof.plan("tiny", format="nf4-dq"))
+        oomproof.from_pretrained(oomproof.plan("tiny", format="nf4-dq", engine="native"))
     with pytest.raises(InputError, match=said):
         oomproof.from_pretrained("tiny", format="nf4-dq", engine="native")
 

@@ -18,6 +18,7 @@ from oomproof.planning.engines import ENGINES, choose_engine, why_not_native
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
+from oomproof.session import plan
 from oomproof.units import GIB
 from tests.models.configs import SMALL_CONFIGS, spec_of
 
@@ -251,3 +252,14 @@ def test_each_alternative_is_planned_for_the_engine_that_runs_it() -> None:
         for other in plan.alternatives:
             alone = planned("llama-3.1-8b", where, format=other.format)
             assert (alone.engine, alone.runnable) == (engine, other.runnable)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
+def test_on_a_processor_bitsandbytes_takes_4_bits_unless_ours_is_needed(name: str) -> None:
+    made = plan("tiny", gpus="cpu", format=name)
+    assert made.engine == "transformers"
+    assert any("--engine native asks for ours" in reason for reason in made.reasons)
+    for options in ({"kv_format": "fp8"}, {"compute_dtype": "float32"}, {"engine": "native"}):
+        assert plan("tiny", gpus="cpu", format=name, **options).engine == "native"
+    assert plan("tiny", gpus="24GiB", format=name).engine == "native"
+    assert plan("tiny", gpus="cpu", format="int8").engine == "native"

@@ -13,15 +13,16 @@ from oomproof.memory.kv_cache import KV_FORMATS, PAGE_TOKENS
 from oomproof.memory.model import Demand, MemoryModel, WeightCosts
 from oomproof.memory.profiles import EngineProfile, engine_profile
 from oomproof.memory.terms import HostTerms
-from oomproof.memory.weights import stored
-from oomproof.models.spec import ModelSpec, Role
+from oomproof.models.spec import ModelSpec
 from oomproof.planning import explain
 from oomproof.planning.candidate import Candidate
+from oomproof.planning.download import disk_of, download_bytes
 from oomproof.planning.engines import choose_engine
 from oomproof.planning.explain import NOT_STREAMED, why_not_runnable
 from oomproof.planning.notes import Notes, kind_of
 from oomproof.planning.placement import Slot
-from oomproof.planning.plan import Alternative, DevicePlan, DiskPlan, HostPlan, Plan
+from oomproof.planning.plan import Alternative, DevicePlan, HostPlan, Plan
+from oomproof.planning.refusals import refuse_impossible
 from oomproof.planning.request import DEFAULT_CONTEXT, MAX_CONCURRENCY, PlanRequest
 from oomproof.planning.speed import HOP_S, MIN_TOKENS_PER_SECOND, SpeedModel, load_seconds
 from oomproof.units import format_bytes
@@ -71,7 +72,7 @@ class Planner:
         self._engines: dict[str, str] = {}
         self._profiles: dict[tuple[str, str], tuple[EngineProfile, ...]] = {}
         self._weight_costs = {} if weight_costs is None else weight_costs
-        _refuse_impossible(spec, hardware, request)
+        refuse_impossible(spec, hardware, request)
 
     def plan(self) -> Plan:
         """The plan, fitting or not."""
@@ -351,10 +352,10 @@ class Planner:
             offload="cpu" if chosen.streaming else "none",
             devices=tuple(self._device_plan(chosen, slot) for slot in chosen.slots),
             host=chosen.host_plan,
-            disk=self._disk(),
+            disk=disk_of(self.spec, self.hardware),
             shortfall_bytes=0 if chosen.fits else chosen.shortfall_bytes,
             alternatives=self._alternatives(others),
-            download_bytes=_download_bytes(spec),
+            download_bytes=download_bytes(spec),
             tokens_per_second=chosen.tokens_per_second,
             load_s=load_seconds(spec, chosen.format, self.engine(chosen.format)),
             reasons=self._reasons(chosen, better, max_context, max_concurrency, others),
@@ -376,13 +377,6 @@ class Planner:
 
     def _why_not_streamed(self, weight_format: Format) -> str | None:
         return NOT_STREAMED if self.engine(weight_format) != "native" else None
-
-    def _disk(self) -> DiskPlan:
-        described = self.hardware.source == "described"
-        return DiskPlan(
-            free_bytes=None if described else self.hardware.host.free_disk_bytes,
-            needed_bytes=max(0, _download_bytes(self.spec) - self.spec.cached_bytes),
-        )
 
     def _refused(self, chosen: Candidate) -> str | None:
         """Why a plan that fits is not executed: it streams too slowly, and nobody forced it."""
@@ -416,7 +410,7 @@ class Planner:
         if self._is_bitsandbytes_faster(chosen.format) and self.spec.forward is not None:
             reasons.append(explain.BITSANDBYTES_ON_A_PROCESSOR)
         reasons.append(explain.attention(self.spec, self.engine(chosen.format)))
-        disk = self._disk()
+        disk = disk_of(self.spec, self.hardware)
         if disk.free_bytes is not None and disk.needed_bytes > disk.free_bytes:
             reasons.append(
                 f"the download needs {format_bytes(disk.needed_bytes)}, and the disk has "
@@ -488,43 +482,3 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _refuse_impossible(spec: ModelSpec, hardware: Hardware, request: PlanRequest) -> None:
-    own = spec.checkpoint_quantization
-    if own is not None and own.format is None:
-        raise InputError(
-            f"{spec.id} is already quantized ({own.method}), which is not planned",
-            remedy="plan the 16-bit checkpoint it was made from",
-        )
-    name = own.format.name if own is not None and own.format is not None else None
-    if own is not None and request.format not in ("auto", name):
-        raise InputError(
-            f"{spec.id} is already quantized ({own.method}): its format is {name}, "
-            f"not {request.format}",
-            remedy="leave --format out, or plan the 16-bit checkpoint it was made from",
-        )
-    present = [device.index for device in hardware.devices]
-    for index in request.max_memory:
-        if index not in present:
-            raise InputError(
-                f"max-memory names device {index}", remedy=f"the devices here are {present}"
-            )
-
-
-def _download_bytes(spec: ModelSpec) -> int:
-    """Bytes to fetch: nothing for a folder, the files for a hub id, an estimate for the catalog."""
-    if spec.source.kind == "folder":
-        return 0
-    if spec.download_bytes is not None:
-        return spec.download_bytes
-    if spec.checkpoint is not None:
-        return spec.checkpoint.total_bytes
-    quantization = spec.checkpoint_quantization
-    if quantization is None or quantization.format is None:
-        return spec.num_parameters * spec.dtype.itemsize
-    roles = frozenset({Role.LINEAR})
-    return sum(
-        stored(tensor, quantization.format, spec.dtype, roles).stored_bytes
-        for tensor in spec.tensors
-    )
