@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -95,12 +96,19 @@ class Planner:
         if key not in self._engines:
             self._engines[key] = (
                 "transformers"
-                if self._is_bitsandbytes_faster(weight_format)
+                if self._is_bitsandbytes_faster(weight_format) or self._lacks_triton
                 else choose_engine(
                     self.request.engine, self.spec, weight_format, self.hardware.devices
                 )
             )
         return self._engines[key]
+
+    @cached_property
+    def _lacks_triton(self) -> bool:
+        """Whether this very machine has GPUs, and a system that Triton is not made for."""
+        hardware = self.hardware
+        here = hardware.source != "described" and self.request.engine == "auto"
+        return here and hardware.has_gpu and sys.platform != "linux"
 
     def _is_bitsandbytes_faster(self, weight_format: Format) -> bool:
         """Whether nobody asked for an engine, and a processor has better kernels in bitsandbytes.

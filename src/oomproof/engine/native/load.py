@@ -141,9 +141,8 @@ def _start(
         )
     devices: list[NativeDevice] = []
     first = plan.devices_in_use[0]
-    warming = start_warming(
-        torch.device(*((first.kind, first.index) if first.kind == "cuda" else ("cpu",)))
-    )
+    on_gpu = first.kind == "cuda"
+    warming = start_warming(torch.device("cuda", first.index) if on_gpu else torch.device("cpu"))
     with torch.inference_mode():
         meter.devices = devices
         for planned in plan.devices_in_use:

@@ -3,31 +3,72 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
+from oomproof.errors import LoadError, MissingDependencyError
 
-def start_warming(device: torch.device) -> threading.Thread | None:
-    """Begins in a thread, on a GPU; join it before the first kernel is launched.
+
+class Warming:
+    """A call in a thread of its own, whose failure is told when it is joined.
+
+    Args:
+        warm: What to do; it brings in the kernels that everything else needs.
+    """
+
+    def __init__(self, warm: Callable[[], None]) -> None:
+        self._warm = warm
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="oomproof-warm", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits for it.
+
+        Raises:
+            LoadError: Kernels cannot be compiled or launched here.
+        """
+        self._thread.join()
+        if isinstance(self._error, torch.OutOfMemoryError):
+            raise self._error
+        if self._error is not None:
+            lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
+            raise LoadError(
+                f"the native engine's kernels cannot be compiled here: {lines[0][:200]}",
+                remedy="Triton needs a C compiler (apt-get install gcc); or use "
+                "--engine transformers",
+            ) from self._error
+
+    def _run(self) -> None:
+        try:
+            self._warm()
+        except Exception as error:  # noqa: BLE001 - raised again by whoever joins
+            self._error = error
+
+
+def start_warming(device: torch.device) -> Warming | None:
+    """Begins on a GPU; join it before the first kernel is launched. None on a processor.
 
     A process's first Triton kernel imports the compiler and makes a digest of its files, under
-    which compiled kernels are cached: together half a second. None on a processor.
+    which compiled kernels are cached: together half a second.
+
+    Raises:
+        MissingDependencyError: Triton is not installed.
     """
     if device.type != "cuda":
         return None
-    thread = threading.Thread(target=_warm, args=(device,), name="oomproof-warm", daemon=True)
-    thread.start()
-    return thread
+    if find_spec("triton") is None:
+        raise MissingDependencyError("triton", install="pip install 'oomproof[run]'")
+    return Warming(lambda: _launch_first(device))
 
 
-def _warm(device: torch.device) -> None:
-    try:
-        from oomproof.engine.native import kernels_triton
-        from oomproof.loading import finite_triton  # noqa: F401 - imports are part of the wait
-        from oomproof.quantization import products_cuda  # noqa: F401
-    except ImportError:
-        # Whoever needs it will say what is missing, in a thread that is listened to.
-        return
+def _launch_first(device: torch.device) -> None:
+    from oomproof.engine.native import kernels_triton
+    from oomproof.loading import finite_triton  # noqa: F401 - imports are part of the wait
+    from oomproof.quantization import products_cuda  # noqa: F401
+
     gate_up = torch.zeros((1, 2), dtype=torch.bfloat16, device=device)
     with torch.cuda.device(device):
         kernels_triton.silu_mul(gate_up, gate_up[:, :1].clone())
