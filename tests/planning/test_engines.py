@@ -259,7 +259,12 @@ def test_on_a_processor_bitsandbytes_takes_4_bits_unless_ours_is_needed(name: st
     made = plan("tiny", gpus="cpu", format=name)
     assert made.engine == "transformers"
     assert any("--engine native asks for ours" in reason for reason in made.reasons)
-    for options in ({"kv_format": "fp8"}, {"compute_dtype": "float32"}, {"engine": "native"}):
+    needed: tuple[dict[str, Any], ...] = (
+        {"kv_format": "fp8"},
+        {"compute_dtype": "float32"},
+        {"engine": "native"},
+    )
+    for options in needed:
         assert plan("tiny", gpus="cpu", format=name, **options).engine == "native"
     assert plan("tiny", gpus="24GiB", format=name).engine == "native"
     assert plan("tiny", gpus="cpu", format="int8").engine == "native"

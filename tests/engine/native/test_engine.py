@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import transformers
 from oomproof.engine.messages import FinishedEvent, Request, SamplingOptions, TokenEvent
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.load import load_engine
-from oomproof.errors import CheckpointError, RequestError
+from oomproof.errors import CheckpointError, PlanMismatchError, RequestError
 from oomproof.formats import get_format
 from oomproof.hardware.probe import probe
 from oomproof.models.resolve import bundled_folder, resolve, with_checkpoint
@@ -256,3 +257,14 @@ def test_a_damaged_value_is_found_and_named(tmp_path: Path) -> None:
     for format_name in ("bf16", "nf4-dq", "int8"):
         with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
             engine_of(folder, format=format_name, context=256)
+
+
+@pytest.mark.parametrize("term", ["weights", "kv_cache", "workspace"])
+def test_a_plan_that_promises_less_than_the_model_takes_is_refused(term: str) -> None:
+    planned = plan("tiny", format="int8", context=256)
+    [device] = planned.devices
+    terms = replace(device.terms, **{term: getattr(device.terms, term) // 20})
+    wrong = replace(planned, devices=(replace(device, terms=terms),))
+    spec = with_checkpoint(resolve("tiny"))
+    with pytest.raises(PlanMismatchError, match=f"bytes of {term}"):
+        load_engine(wrong, spec, probe(), bundled_folder())

@@ -24,10 +24,11 @@ from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.model import unit_of
 from oomproof.memory.native import STREAMING_BUFFERS, StepShape, step_layout
 from oomproof.memory.profiles import QUANTIZED_ROLES
-from oomproof.memory.weights import stored
+from oomproof.memory.weights import StoredTensor, stored
 from oomproof.models.forward import ForwardSpec
-from oomproof.models.spec import ModelSpec, Role
+from oomproof.models.spec import ModelSpec, Role, TensorSpec
 from oomproof.planning.plan import DevicePlan, Plan
+from oomproof.quantization.handlers import handler
 
 
 class NativeDevice:
@@ -103,14 +104,13 @@ class NativeDevice:
 
     def workspace_numel(self) -> int:
         """float32 elements that quantizing needs while loading, at most."""
-        return max(
-            (
-                parameter.handler.workspace_numel(parameter.matrix_shape)
-                for parameter in self._parameters()
-                if parameter.placed.held.quantized
-            ),
-            default=0,
-        )
+        sizes = [
+            handler(placed.format).workspace_numel((placed.spec.shape[0], placed.spec.shape[1]))
+            for unit in _units(self.planned, self._spec)
+            for placed in self._blocks[unit].placed
+            if placed.held.quantized
+        ]
+        return max(sizes, default=0)
 
     def targets(self, workspace: torch.Tensor, *, made_up: bool) -> list[Target]:
         """Where the loader brings each of the device's tensors.
@@ -171,9 +171,30 @@ class NativeDevice:
             self.layers = Layers(
                 self.arena, self.pool, self._forward, planned.layers, *self._layer_source()
             )
+        self._compare_with_plan()
         self._wire_ends()
         if self.layer_stream is not None:
             self.layer_stream.start()
+
+    def _compare_with_plan(self) -> None:
+        """Pools are built from the plan's numbers; a plan that says otherwise is not this model's.
+
+        Raises:
+            PlanMismatchError: KV pool or arena are larger than planned.
+        """
+        planned = self.planned
+        pool_bytes = 0 if self.pool is None else self.pool.size_bytes
+        sizes = (
+            ("kv_cache", planned.terms.kv_cache, pool_bytes),
+            ("workspace", planned.terms.workspace, self.workspace_bytes),
+        )
+        differences = tuple(
+            f"device {planned.index}: planned {promised:,} bytes of {term}, it takes {size:,}"
+            for term, promised, size in sizes
+            if size > promised
+        )
+        if differences:
+            raise PlanMismatchError(differences)
 
     def _layer_source(self) -> tuple[Callable[[int], LayerWeights], Callable[[int], None]]:
         assert self.planned.layers is not None
@@ -222,11 +243,13 @@ def _blocks(plan: Plan, spec: ModelSpec) -> Sequence[Block]:
     """What each unit of the model holds."""
     weight_format, compute_dtype = get_format(plan.format), DType(plan.compute_dtype)
     roles = QUANTIZED_ROLES[plan.engine]
-    units: list[list[tuple[object, object]]] = [[] for _ in range(spec.num_hidden_layers + 2)]
+    units: list[list[tuple[TensorSpec, StoredTensor]]] = [
+        [] for _ in range(spec.num_hidden_layers + 2)
+    ]
     for tensor in spec.tensors:
         held = stored(tensor, weight_format, compute_dtype, roles)
         units[unit_of(tensor, spec)].append((tensor, held))
-    return [lay_out_block(unit, plan.format) for unit in units]  # type: ignore[arg-type]
+    return [lay_out_block(unit, plan.format) for unit in units]
 
 
 def _too_large(planned: DevicePlan, weights_bytes: int) -> str:
