@@ -2,8 +2,8 @@
 
 Threads read the files in order into a bounded ring of page-locked buffers; from there pieces travel
 to the devices, where slices wait in bounded staging memory to be converted into their places. The
-three overlap. A load takes, beside the final places, at most `slices.PINNED_BYTES` of host memory
-and `slices.DEVICE_STAGING_BYTES` of each device, and gives both back when it ends.
+three overlap. A load takes, beside the final places, at most PINNED_BYTES of host memory and
+DEVICE_STAGING_BYTES of each device (memory/native.py), and gives both back when it ends.
 """
 
 from __future__ import annotations

@@ -17,13 +17,9 @@ import torch
 from oomproof.errors import LoadError
 from oomproof.formats import ceil_div
 from oomproof.loading.targets import Pair
+from oomproof.memory.native import DEVICE_STAGING_BYTES, PINNED_BYTES
 from oomproof.models.spec import CheckpointTensor
 from oomproof.units import MIB, format_bytes, round_up
-
-PINNED_BYTES = 256 * MIB
-"""Most page-locked host memory that a load takes."""
-DEVICE_STAGING_BYTES = 192 * MIB
-"""Most memory that a load takes on each device beside the final places."""
 
 _ALIGNMENT = 256
 """Slices begin at multiples of this many bytes, as a device's own allocations do, so that kernels
