@@ -1,4 +1,4 @@
-"""Predicted against measured memory, term by term, on one GPU under a cap.
+"""Predicted against measured memory of transformers, term by term, on one GPU under a cap.
 
     python benchmarks/contract.py --work DIR [--cases CASE …] > results.jsonl
 
@@ -80,6 +80,7 @@ def run_case(case: Case, folder: Path) -> dict[str, object]:
         context=case.context,
         concurrency=case.concurrency,
         max_memory=dict(case.max_memory),
+        engine="transformers",
     )
     began = time.perf_counter()
     model = oomproof.load(plan)

@@ -181,4 +181,29 @@ def test_a_plan_says_that_it_was_calibrated(engine: str) -> None:
 
 
 def test_every_format_has_a_kind() -> None:
-    assert {kind_of(each) for each in FORMATS.values()} == {"16-bit", "8-bit", "4-bit"}
+    kinds = {kind_of(each) for each in FORMATS.values()}
+    assert kinds == {"16-bit", "8-bit", "fp8", "4-bit"}
+    assert (kind_of(FORMATS["int8"]), kind_of(FORMATS["fp8"])) == ("8-bit", "fp8")
+
+
+@pytest.mark.parametrize(("measured", "other"), [("int8", "fp8"), ("fp8", "int8")])
+def test_integers_and_floats_of_8_bits_do_not_share_their_notes(measured: str, other: str) -> None:
+    """Each has its own kernels, and so its own calibration."""
+    kind = kind_of(FORMATS[measured])
+    note = replace(NOTE, engine="native", format=measured, kind=kind)
+    speeds = {
+        name: (
+            planned(engine="native", format_name=name).tokens_per_second,
+            planned(note, engine="native", format_name=name).tokens_per_second,
+        )
+        for name in (measured, other)
+    }
+    assert speeds[other][0] == speeds[other][1]
+    assert speeds[measured][0] != speeds[measured][1]
+
+
+def test_notes_of_fp8_that_were_kept_with_the_integers_are_read_as_fp8(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.jsonl"
+    old = replace(NOTE, engine="native", format="fp8", kind="8-bit")
+    write_notes([old, replace(old, format="int8")], path)
+    assert [note.kind for note in read_notes(path).entries] == ["fp8", "8-bit"]

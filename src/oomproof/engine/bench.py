@@ -17,13 +17,15 @@ from typing import Any, Literal
 import torch
 
 from oomproof.engine.limits import Limits, measure_limits
-from oomproof.engine.messages import Request, SamplingOptions
+from oomproof.engine.messages import Request, SamplingOptions, TokenEvent
 from oomproof.engine.protocol import Engine
+from oomproof.errors import InputError
 from oomproof.formats import DType, get_format
 from oomproof.memory.kv_cache import KV_FORMATS
+from oomproof.memory.model import unit_of
 from oomproof.memory.profiles import QUANTIZED_ROLES
 from oomproof.memory.weights import stored
-from oomproof.models.spec import ModelSpec, Role
+from oomproof.models.spec import ModelSpec, Role, TensorSpec
 from oomproof.planning.plan import Plan
 from oomproof.units import MIB
 
@@ -87,7 +89,7 @@ class BenchReport:
     model: str
     devices: tuple[str, ...]
     limits: Limits
-    """Measured beside the first engine's weights."""
+    """Measured before the first engine is loaded."""
     engines: tuple[EngineTimings, ...]
 
     def ratio(self, point: Point) -> float | None:
@@ -133,6 +135,9 @@ def run_bench(
         requests: Requests at once.
         contexts: Tokens of context.
         told: Told of each figure, with the engine's name.
+
+    Raises:
+        InputError: As `check_points`, or the plan has no room for what is timed.
     """
     first = contenders[0].plan
     points = points_of(first, requests, contexts)
@@ -140,6 +145,9 @@ def run_bench(
     device = torch.device(*(("cuda", used[0].index) if used[0].kind == "cuda" else ("cpu",)))
     spare = min(planned.usable_bytes - planned.peak_bytes for planned in used)
     limits = measure_limits(device, max(256 * MIB, spare))
+    checkpoint_bytes = spec.num_parameters * spec.dtype.itemsize
+    if spec.checkpoint is not None:
+        checkpoint_bytes = spec.checkpoint.total_bytes
     engines = []
     for contender in contenders:
         name = contender.plan.engine
@@ -157,7 +165,7 @@ def run_bench(
                 format=contender.plan.format,
                 kv_format=contender.plan.kv_format,
                 load_s=load_s,
-                load_bytes_per_s=spec.num_parameters * spec.dtype.itemsize / load_s,
+                load_bytes_per_s=checkpoint_bytes / load_s,
                 timings=tuple(
                     replace(timing, limit=costs.limit(timing.point, limits)) for timing in timings
                 ),
@@ -181,9 +189,10 @@ class Costs:
     """What a step of a model must read or compute at least."""
 
     weight_bytes: int
-    """Read once a decode step."""
-    kv_bytes_per_token: int
-    """Read once a decode step for each token of each request."""
+    """Read once a decode step; of a mixture, the experts of one token."""
+    kv_bytes_per_token: tuple[tuple[int, int | None], ...]
+    """(bytes, window) of each layer: read once a decode step for each token of each request, and
+    for no more of them than its sliding window."""
     flops_per_token: int
     """Of a prompt, attention aside."""
 
@@ -192,30 +201,69 @@ class Costs:
         """The costs of a plan: layers and head; one row of the embedding is nothing."""
         weight_format, compute = get_format(plan.format), DType(plan.compute_dtype)
         roles = QUANTIZED_ROLES[plan.engine]
+        itemsize = KV_FORMATS[plan.kv_format].itemsize
         read = [
             tensor
             for tensor in spec.tensors
-            if spec.tie_word_embeddings or tensor.role is not Role.EMBEDDING
+            if unit_of(tensor, spec) > 0
+            or (spec.tie_word_embeddings and tensor.role is Role.EMBEDDING)
         ]
-        itemsize = KV_FORMATS[plan.kv_format].itemsize
         return cls(
             weight_bytes=sum(
-                stored(tensor, weight_format, compute, roles).stored_bytes for tensor in read
+                _active(spec, tensor, stored(tensor, weight_format, compute, roles).stored_bytes)
+                for tensor in read
             ),
-            kv_bytes_per_token=sum(
-                layer.num_key_value_heads * (layer.key_head_dim + layer.value_head_dim) * itemsize
+            kv_bytes_per_token=tuple(
+                (
+                    layer.num_key_value_heads
+                    * (layer.key_head_dim + layer.value_head_dim)
+                    * itemsize,
+                    layer.sliding_window,
+                )
                 for layer in spec.attention
             ),
-            flops_per_token=2 * sum(tensor.numel for tensor in read if tensor.role is Role.LINEAR),
+            flops_per_token=2
+            * sum(
+                _active(spec, tensor, tensor.numel)
+                for tensor in read
+                if tensor.role in (Role.LINEAR, Role.EXPERTS)
+            ),
+        )
+
+    def kv_bytes(self, tokens: float) -> float:
+        """Keys and values that a decode step reads of a request that holds so many tokens."""
+        return sum(
+            each * (tokens if window is None else min(tokens, window))
+            for each, window in self.kv_bytes_per_token
         )
 
     def limit(self, point: Point, limits: Limits) -> float:
         """Tokens a second that the machine allows at a point."""
         if point.kind == "prefill":
             return limits.matmul_flops_per_s / self.flops_per_token
-        tokens = point.requests * (point.context + DECODE_TOKENS / 2)
-        read = self.weight_bytes + tokens * self.kv_bytes_per_token
+        kv_bytes = self.kv_bytes(point.context + DECODE_TOKENS / 2)
+        read = self.weight_bytes + point.requests * kv_bytes
         return point.requests * limits.read_bytes_per_s / read
+
+
+def _active(spec: ModelSpec, tensor: TensorSpec, amount: int) -> int:
+    """What one token needs of a parameter's bytes or elements."""
+    if tensor.role is Role.EXPERTS:
+        return amount * spec.num_experts_per_token // spec.num_experts
+    return amount
+
+
+def check_points(requests: Sequence[int], contexts: Sequence[int]) -> None:
+    """Refuses what cannot be timed, whatever the plan.
+
+    Raises:
+        InputError: Nothing to time, or a number below 1.
+    """
+    for name, values in (("requests", requests), ("contexts", contexts)):
+        if not values or min(values) < 1:
+            raise InputError(
+                f"{name} {list(values)[:8]} must be numbers from 1", remedy="give at least one"
+            )
 
 
 def points_of(plan: Plan, requests: Sequence[int], contexts: Sequence[int]) -> list[Point]:
@@ -225,9 +273,19 @@ def points_of(plan: Plan, requests: Sequence[int], contexts: Sequence[int]) -> l
         plan: Its context and concurrency are the bounds.
         requests: Requests at once to try.
         contexts: Tokens of context to try.
+
+    Raises:
+        InputError: As `check_points`, or the plan's context is shorter than what is timed.
     """
+    check_points(requests, contexts)
     room = plan.context - DECODE_TOKENS
-    lengths = sorted({min(length, room) for length in contexts if min(length, room) > 0})
+    if room < 1:
+        raise InputError(
+            f"a context of {plan.context} has no room for the {DECODE_TOKENS} tokens that are "
+            "timed, and a prompt",
+            remedy=f"use --context {2 * DECODE_TOKENS} or more",
+        )
+    lengths = sorted({min(length, room) for length in contexts})
     found = [Point(kind="prefill", requests=1, context=length) for length in lengths]
     found += [
         Point(kind="decode", requests=count, context=length)
@@ -267,12 +325,14 @@ def _time_decode(engine: Engine, chooser: random.Random, vocab_size: int, point:
     begun: set[str] = set()
     while len(begun) < point.requests:
         begun |= {event.request_id for event in engine.step()}
+    # A step counts that moved every request by a token; the end of a request is an event too.
     times = []
     while not engine.idle:
         started = time.perf_counter()
         events = engine.step()
-        if len(events) == point.requests:
-            times.append(time.perf_counter() - started)
+        step_s = time.perf_counter() - started
+        if sum(isinstance(event, TokenEvent) for event in events) == point.requests:
+            times.append(step_s)
     return point.requests / median(times[_WARM_STEPS:] or times)
 
 

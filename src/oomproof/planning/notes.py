@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from oomproof.errors import InputError
-from oomproof.formats import Format
+from oomproof.formats import DType, Format
 from oomproof.hardware.spec import DeviceSpec
 from oomproof.memory.profiles import EngineProfile
 from oomproof.units import MIB, round_up
@@ -24,6 +24,7 @@ from oomproof.units import MIB, round_up
 MAX_NOTES_BYTES = 4 * MIB
 _CONTEXT_SLACK_BYTES = 32 * MIB
 """What contexts of one GPU were seen to differ by (modules that load later)."""
+_FP8 = "fp8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ class CalibrationNote:
     """The GPU's name."""
     engine: str
     kind: str
-    """Kind of weights: "16-bit", "8-bit" or "4-bit"."""
+    """Kind of weights: "16-bit", "8-bit", "fp8" or "4-bit"."""
     versions: str
     model: str
     format: str
@@ -101,6 +102,8 @@ def kind_of(weight_format: Format) -> str:
     """Formats of one kind share their notes."""
     if not weight_format.is_quantized:
         return "16-bit"
+    if weight_format.weight_dtype is DType.FLOAT8_E4M3FN:
+        return _FP8
     return "4-bit" if weight_format.bits_per_weight < 8 else "8-bit"
 
 
@@ -135,7 +138,7 @@ def read_notes(path: Path | None = None) -> Notes:
     entries = []
     for number, line in enumerate(data.splitlines(), 1):
         try:
-            entries.append(reader.validate_json(line))
+            entries.append(_of_today(reader.validate_json(line)))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "JSON"
@@ -143,6 +146,11 @@ def read_notes(path: Path | None = None) -> Notes:
                 f"{path}, line {number}: {where}: {first['msg']}", remedy=remedy
             ) from None
     return Notes(tuple(entries))
+
+
+def _of_today(note: CalibrationNote) -> CalibrationNote:
+    """Notes of fp8 weights were once kept with those of 8-bit integers."""
+    return replace(note, kind=_FP8) if (note.format, note.kind) == ("fp8", "8-bit") else note
 
 
 def write_notes(notes: Sequence[CalibrationNote], path: Path | None = None) -> Path:

@@ -7,6 +7,7 @@ torch's compiler, a second and 150 MB that running a model has no use for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -56,6 +57,25 @@ class Operator(Generic[P, R]):
         """A decorator: the function makes results of the right sizes, without computing."""
         torch.library.register_fake(self._qualified_name, fake, lib=self._library)
         return fake
+
+
+def on_cuda(module: str, function: str) -> Callable[..., None]:
+    """A kernel for `register_kernel`: the function of a module, on the GPU of its first argument.
+
+    The module is imported at the first call, for it imports Triton; and a kernel of Triton's is
+    launched on whichever device is current, not on that of its tensors.
+    """
+
+    def kernel(first: torch.Tensor, *others: Any) -> None:
+        launch = getattr(import_module(module), function)
+        with torch.cuda.device(first.device):
+            launch(first, *others)
+
+    return kernel
+
+
+def writes_where_told(*_arguments: object) -> None:
+    """The fake kernel of an operator that returns nothing: all sizes are its arguments'."""
 
 
 def operator(

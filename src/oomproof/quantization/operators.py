@@ -12,14 +12,11 @@ scratch.least_scratch_bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-
 import torch
 
 from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
 from oomproof.quantization import reference
-from oomproof.quantization.library import operator
+from oomproof.quantization.library import on_cuda, operator, writes_where_told
 
 
 @operator("oomproof::quantize_4bit", mutates_args=())
@@ -254,21 +251,6 @@ def linear_fp8(
     reference.linear_fp8(x, weight, scale, out)
 
 
-def _nothing(*_args: object) -> None:
-    """The fake kernel of an operator that returns nothing: the sizes are its arguments'."""
-
-
-def _on_cuda(module: str, function: str) -> Callable[..., None]:
-    """The function of that name on the GPU of its first argument; Triton is imported only then."""
-
-    def kernel(first: torch.Tensor, *others: torch.Tensor | str | bool) -> None:
-        launch = getattr(import_module(f"oomproof.quantization.{module}"), function)
-        with torch.cuda.device(first.device):
-            launch(first, *others)
-
-    return kernel
-
-
 for _operator, _module, _function in (
     (quantize_4bit_out, "quantize_triton", "quantize_4bit_out"),
     (quantize_absmax_out, "quantize_triton", "quantize_absmax_out"),
@@ -280,5 +262,5 @@ for _operator, _module, _function in (
     (linear_int8, "products_cuda", "linear_int8"),
     (linear_fp8, "products_cuda", "linear_fp8"),
 ):
-    _operator.register_fake(_nothing)
-    _operator.register_kernel("cuda")(_on_cuda(_module, _function))
+    _operator.register_fake(writes_where_told)
+    _operator.register_kernel("cuda")(on_cuda(f"oomproof.quantization.{_module}", _function))

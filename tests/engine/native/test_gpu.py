@@ -131,3 +131,27 @@ def test_memory_does_not_move_over_a_thousand_requests(format_name: str, kv_form
     assert torch.cuda.max_memory_allocated() == before[0]
     assert torch.cuda.max_memory_reserved() == before[1]
     engine.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("family", ["llama", "llama, tied", "qwen2, sliding"])
+def test_two_gpus_answer_as_one(family: str, tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "model", family, num_hidden_layers=6)
+    asked = prompts(6, 2048, 150)
+    requests = [request(str(number), prompt, 60) for number, prompt in enumerate(asked)]
+    whole = engine_of(folder, format="fp32", context=256, concurrency=3)
+    expected = run(whole, requests)
+    [device] = whole.measured_terms().values()
+    whole.close()
+    # A little less than everything on the first GPU: the rest has to go to the second.
+    least = device.cuda_context + device.workspace + 64 * 2**20
+    split = engine_of(
+        folder,
+        format="fp32",
+        context=256,
+        concurrency=3,
+        max_memory={0: least + device.weights // 2, 1: "8GiB"},
+    )
+    assert len(split.measured_terms()) == 2
+    assert run(split, requests) == expected
+    split.close()

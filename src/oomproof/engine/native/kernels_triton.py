@@ -29,7 +29,6 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     multiplier: float,
-    *,
     adds: bool,
 ) -> None:
     """A program a row."""
@@ -201,6 +200,26 @@ def _from_e4m3(codes):
     return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
 
 
+def attend(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    pages: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    partials: torch.Tensor,
+    scale: float,
+    window: int,
+    one_request: bool,
+) -> None:
+    """A prefill chunk, or a decode step."""
+    if one_request:
+        attend_prefill(qkv, positions, slots, pages, keys, values, out, scale, window)
+    else:
+        attend_decode(qkv, positions, slots, pages, keys, values, out, partials, scale, window)
+
+
 def attend_decode(
     qkv: torch.Tensor,
     positions: torch.Tensor,
@@ -348,7 +367,6 @@ def attend_prefill(
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,
-    partials: torch.Tensor,  # noqa: ARG001 - decode's
     scale: float,
     window: int,
 ) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from oomproof.memory.kv_cache import PAGE_TOKENS
-from oomproof.quantization.library import operator
+from oomproof.quantization.library import on_cuda, operator, writes_where_told
 
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MAX = 448.0
@@ -150,73 +150,14 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 
-@add_rms_norm.register_fake
-@rotate_and_store.register_fake
-@attend.register_fake
-@silu_mul.register_fake
-def _(*_arguments: object) -> None:
-    """Nothing is made: every result goes where the caller said."""
-
-
-@add_rms_norm.register_kernel("cuda")
-def _(
-    hidden: torch.Tensor,
-    update: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    multiplier: float,
-    adds: bool,
-) -> None:
-    from oomproof.engine.native import kernels_triton
-
-    kernels_triton.add_rms_norm(hidden, update, weight, eps, multiplier, adds=adds)
-
-
-@rotate_and_store.register_kernel("cuda")
-def _(
-    qkv: torch.Tensor,
-    rotary: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-) -> None:
-    from oomproof.engine.native import kernels_triton
-
-    kernels_triton.rotate_and_store(
-        qkv, rotary, positions, slots, pages, keys, values, q_norm, k_norm, eps
-    )
-
-
-@attend.register_kernel("cuda")
-def _(
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    out: torch.Tensor,
-    partials: torch.Tensor,
-    scale: float,
-    window: int,
-    one_request: bool,
-) -> None:
-    from oomproof.engine.native import kernels_triton
-
-    compute = kernels_triton.attend_prefill if one_request else kernels_triton.attend_decode
-    compute(qkv, positions, slots, pages, keys, values, out, partials, scale, window)
-
-
-@silu_mul.register_kernel("cuda")
-def _(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    from oomproof.engine.native import kernels_triton
-
-    kernels_triton.silu_mul(gate_up, out)
+for _operator, _function in (
+    (add_rms_norm, "add_rms_norm"),
+    (rotate_and_store, "rotate_and_store"),
+    (attend, "attend"),
+    (silu_mul, "silu_mul"),
+):
+    _operator.register_fake(writes_where_told)
+    _operator.register_kernel("cuda")(on_cuda("oomproof.engine.native.kernels_triton", _function))
 
 
 def _rms_norm(values: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

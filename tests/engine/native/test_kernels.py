@@ -1,0 +1,50 @@
+"""The decoder's kernels: in the interpreter and on a GPU what plain torch computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.engine.native.kernel_cases import (
+    GPU_CASES,
+    Case,
+    bound_of,
+    compare_attention,
+    compare_e4m3,
+    compare_elementwise,
+)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_interpreted_kernels_compute_what_plain_torch_computes() -> None:
+    # In a process of its own: triton reads the variable when it is imported.
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.engine.native.kernel_cases"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_attention_on_a_gpu_is_the_references(case: Case) -> None:
+    compare_attention(case, torch.device("cuda"), bound_of(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_norm_and_gate_on_a_gpu_are_the_references(dtype: torch.dtype, bound: float) -> None:
+    compare_elementwise(torch.device("cuda"), dtype, bound)
+
+
+@pytest.mark.gpu
+def test_e4m3_on_a_gpu_is_torchs() -> None:
+    compare_e4m3(torch.device("cuda"))
