@@ -7,7 +7,7 @@ that is streamed from host memory is the same offsets on a buffer that its bytes
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from math import gcd
@@ -145,24 +145,29 @@ def _store_plain(final: torch.Tensor, values: torch.Tensor, first_row: int) -> N
     final[first_row : first_row + len(values)].copy_(values, non_blocking=True)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
     """A product with a weight in its format, or with several neighbours at once."""
 
-    __slots__ = ("bias", "columns", "handler", "parts", "rows")
+    handler: Handler
+    parts: Mapping[str, torch.Tensor]
+    shape: tuple[int, int]
+    """[rows, columns]."""
+    bias: torch.Tensor | None
 
-    def __init__(
-        self,
-        weight: Parameter,
-        bias: Parameter | None,
-    ) -> None:
-        self.handler = weight.handler
-        self.parts = weight.parts
-        self.rows, self.columns = weight.matrix_shape
-        self.bias = None if bias is None else bias.tensor
+    @classmethod
+    def of(cls, weight: Parameter, bias: Parameter | None) -> Linear:
+        """The product with a parameter."""
+        return cls(
+            handler=weight.handler,
+            parts=weight.parts,
+            shape=weight.matrix_shape,
+            bias=None if bias is None else bias.tensor,
+        )
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """[tokens, columns] → out [tokens, rows]."""
-        self.handler.multiply(x, self.parts, (self.rows, self.columns), out, scratch)
+        self.handler.multiply(x, self.parts, self.shape, out, scratch)
         if self.bias is not None:
             out.add_(self.bias)
 
@@ -179,8 +184,9 @@ class Projection:
         """[tokens, columns] → out [tokens, sum of rows]."""
         first = 0
         for linear in self.linears:
-            linear.multiply(x, out[:, first : first + linear.rows], scratch)
-            first += linear.rows
+            rows, _ = linear.shape
+            linear.multiply(x, out[:, first : first + rows], scratch)
+            first += rows
 
 
 def _fused(linears: Sequence[Linear]) -> tuple[Linear, ...]:
@@ -194,11 +200,13 @@ def _fused(linears: Sequence[Linear]) -> tuple[Linear, ...]:
         return tuple(linears)
     if not _neighbours(weights):
         return tuple(linears)
-    whole = Linear.__new__(Linear)
-    whole.handler = first.handler
-    whole.rows, whole.columns = sum(linear.rows for linear in linears), first.columns
-    whole.parts = {"weight": _extended(weights[0], whole.rows * whole.columns)}
-    whole.bias = None if biases[0] is None else _extended(biases[0], whole.rows)
+    rows, columns = sum(linear.shape[0] for linear in linears), first.shape[1]
+    whole = replace(
+        first,
+        parts={"weight": _extended(weights[0], rows * columns)},
+        shape=(rows, columns),
+        bias=None if biases[0] is None else _extended(biases[0], rows),
+    )
     return (whole,)
 
 
@@ -228,7 +236,7 @@ class LayerWeights:
         }
 
         def linear(name: str) -> Linear:
-            return Linear(found[f"{name}.weight"], found.get(f"{name}.bias"))
+            return Linear.of(found[f"{name}.weight"], found.get(f"{name}.bias"))
 
         def norm(name: str) -> torch.Tensor | None:
             return found[name].tensor if name in found else None
