@@ -111,16 +111,33 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     [
         (
             {"format": "fp8", "engine": "transformers"},
-            "no engine here runs tiny in fp8: fp8 is not run by the transformers engine on cpu",
+            "fp8 is not run by the transformers engine on cpu: use --engine native, or leave",
         ),
-        ({"format": "llm-int8", "engine": "native"}, "the native engine does not hold llm-int8"),
+        (
+            {"format": "llm-int8", "engine": "native"},
+            "the native engine does not hold llm-int8: use --engine transformers, or leave",
+        ),
+        (
+            {"format": "nf4", "kv_format": "fp8", "engine": "transformers"},
+            "use --engine native, or leave --engine out",
+        ),
     ],
 )
-def test_what_the_engine_does_not_run_is_refused_with_the_reason(
+def test_what_the_asked_engine_does_not_run_is_refused_with_the_one_that_does(
     options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(NotRunnableError, match=said):
         oomproof.load("tiny", **options)
+    with pytest.raises(NotRunnableError, match=said):
+        oomproof.load(oomproof.plan("tiny", **options))
+
+
+@pytest.mark.parametrize("engine", ["auto", "native", "transformers"])
+def test_what_no_engine_runs_is_refused_without_naming_another(engine: str) -> None:
+    made = oomproof.plan("tiny", format="llm-int8", kv_format="fp8", engine=engine)
+    with pytest.raises(NotRunnableError, match="no engine here runs tiny in llm-int8") as refused:
+        oomproof.load(made)
+    assert refused.value.remedy is None
 
 
 @pytest.mark.parametrize("format_name", ["fp32", "int8", "fp8", "int4"])

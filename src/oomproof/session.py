@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -41,6 +42,7 @@ from oomproof.units import format_bytes, parse_bytes, parse_tokens
 if TYPE_CHECKING:
     from oomproof.engine.bench import BenchReport, Timing
     from oomproof.engine.model import Model
+    from oomproof.engine.protocol import Engine
     from oomproof.engine.rehearsal import Rung
     from oomproof.engine.rehearse import Rehearsal
     from oomproof.planning.handoffs.handoff import HandOff
@@ -338,51 +340,115 @@ def bench(
         options: Those of `plan`, where `model` is not a plan.
 
     Raises:
-        InputError: No such engine to compare with, or as `plan`.
-        MissingDependencyError, PlanDoesNotFitError, NotRunnableError: As `load` does.
+        InputError: Nothing to compare with, nothing to time, or as `plan`.
+        MissingDependencyError, PlanDoesNotFitError, NotRunnableError: As `load` does, of either
+            engine.
     """
     if against not in (None, "transformers"):
         raise InputError(
             f"nothing to compare with is called {against[:40]!r}", remedy="use transformers"
         )
-    from oomproof.engine.bench import Contender, run_bench
+    require_run_packages()
+    from oomproof.engine.bench import Contender, check_points, run_bench
+    from oomproof.loading.devices import prepare_devices, release_devices
 
+    check_points(requests, contexts)
     if not isinstance(model, Plan):
         options.setdefault("concurrency", max(requests))
     contract = _agree(model, options, needs_checkpoint=False)
+    own = contract.plan
     made_up = random_weights or contract.spec.source.kind == "catalog"
-    if not made_up:
-        contract = replace(contract, spec=with_checkpoint(contract.spec))
+    if made_up and own.quantized_checkpoint is not None:
+        raise NotRunnableError(
+            f"{own.model} is quantized already, and random weights are made in 16 bits",
+            remedy=f"bench its 16-bit model with --format {own.format}",
+        )
     contracts = [contract]
-    if against is not None and contract.plan.engine != against:
+    if against is not None:
         contracts.append(_peer(contract, against, options))
-    contenders = []
+    folder = None
+    if not made_up:
+        spec = with_checkpoint(contract.spec)
+        contracts = [replace(one, spec=spec) for one in contracts]
+        folder = _fetch(spec, progress, trust_remote_code=False)
     for one in contracts:
-        if made_up:
-            start = rehearsable(one, _of_stage(progress, "load")).start
-        else:
-            folder = _fetch(one.spec, progress, trust_remote_code=False)
-            start = partial(start_engine, one, folder, _of_stage(progress, "load"))
-        contenders.append(Contender(plan=one.plan, start=start))
-    return run_bench(contenders, contract.spec, requests, contexts, told=told)
+        _import_engine(one)
+    told_bytes = _of_stage(progress, "load")
+    contenders = [
+        Contender(plan=one.plan, start=partial(_start_timed, one, folder, told_bytes))
+        for one in contracts
+    ]
+    # The machine is measured before an engine is there: CUDA starts then.
+    prepare_devices(own, contract.hardware)
+    try:
+        return run_bench(contenders, contracts[0].spec, requests, contexts, told=told)
+    finally:
+        release_devices(own)
+
+
+def _import_engine(contract: Contract) -> None:
+    """Imports what an engine needs, so that its loading is timed without it."""
+    if contract.plan.engine == "native":
+        import_module("oomproof.engine.native.load")
+        return
+    from oomproof.compat.model import import_libraries
+
+    import_module("oomproof.compat.rehearse")
+    import_libraries(contract.plan, contract.spec)
+
+
+def _start_timed(
+    contract: Contract, folder: Path | None, progress: Callable[[int, int], None] | None
+) -> Engine:
+    """An engine with the folder's weights, or, where there is none, with random ones."""
+    if folder is None:
+        return rehearsable(contract, progress).start()
+    return start_engine(contract, folder, progress)
 
 
 def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contract:
     """The same plan for another engine, in the format that is nearest to it."""
     own = contract.plan
+    if own.engine == engine:
+        raise InputError(
+            f"{own.model} in {own.format} is planned for {engine} itself, so there is nothing to "
+            "compare with",
+            remedy="leave --against out, or add --engine native",
+        )
+    if own.format == "fp32":
+        raise InputError(
+            f"{engine} has no format to compare fp32 with",
+            remedy="use --format bf16, or leave --against out",
+        )
     nearest = {"int8": "llm-int8", "fp8": "llm-int8", "int4": "nf4"}
+    limits = {d.index: d.limit_bytes for d in own.devices if d.limit_bytes is not None}
     other = plan(
-        own.source.path if own.source.kind != "catalog" else own.model,
+        own.source.path,
         **{
+            "max_memory": limits,
             **options,
             "format": nearest.get(own.format, own.format),
             "engine": engine,
             "kv_format": "auto",
             "context": own.context,
             "concurrency": own.concurrency,
+            "revision": own.source.revision,
         },
     )
-    _refuse_unexecutable(other)
+    remedy = "leave --against out, or plan what both engines run"
+    what = f"{engine}, to be compared with,"
+    if not other.runnable:
+        raise NotRunnableError(
+            f"{what} does not run {own.model} in {other.format}: {other.not_runnable}",
+            remedy=remedy,
+        )
+    if not other.fits:
+        raise PlanDoesNotFitError(
+            f"{what} has no room for {own.model} in {other.format}, context {other.context} and "
+            f"{other.concurrency} requests: {format_bytes(other.shortfall_bytes)} missing",
+            shortfall_bytes=other.shortfall_bytes,
+            remedy="use a smaller --context, fewer --requests, or leave --against out",
+        )
     return Contract(plan=other, spec=contract.spec, hardware=contract.hardware)
 
 
@@ -424,6 +490,12 @@ def _agree(
 
 def _refuse_unexecutable(agreed: Plan) -> None:
     if not agreed.runnable:
+        other = _engine_that_runs(agreed)
+        if other is not None:
+            raise NotRunnableError(
+                f"{agreed.model} in {agreed.format} cannot be run as asked: {agreed.not_runnable}",
+                remedy=f"use --engine {other}, or leave --engine out",
+            )
         raise NotRunnableError(
             f"no engine here runs {agreed.model} in {agreed.format}: {agreed.not_runnable}"
         )
@@ -435,6 +507,21 @@ def _refuse_unexecutable(agreed: Plan) -> None:
         )
     if agreed.refused is not None:
         raise NotRunnableError(agreed.refused, remedy="use a smaller format, or --force")
+
+
+def _engine_that_runs(agreed: Plan) -> str | None:
+    """The engine that would run a plan here, had none been asked for; None where none does."""
+    spec = resolve(agreed.source.path, revision=agreed.source.revision)
+    request = PlanRequest(
+        format=agreed.format,
+        kv_format=agreed.kv_format,
+        context=agreed.context,
+        concurrency=agreed.concurrency,
+        compute_dtype=agreed.compute_dtype,
+        offload=agreed.offload,
+    )
+    free = make_plan(spec, probe(), request)
+    return free.engine if free.runnable and free.engine != agreed.engine else None
 
 
 def _what_would_fit(agreed: Plan) -> str:

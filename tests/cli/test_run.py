@@ -184,10 +184,10 @@ def test_what_does_not_fit_is_exit_code_3_with_the_missing_bytes() -> None:
     assert done.err.splitlines()[-1].startswith("error: tiny does not fit: ")
 
 
-def test_what_no_engine_runs_is_exit_code_1_with_the_reason() -> None:
+def test_what_the_engine_does_not_run_is_exit_code_1_with_the_reason() -> None:
     done = invoke("run", "tiny", "hello", "--format", "fp8", "--engine", "transformers")
     assert (done.code, done.out) == (1, "")
-    assert done.err.splitlines()[-1].startswith("error: no engine here runs tiny in fp8")
+    assert done.err.splitlines()[-1].startswith("error: tiny in fp8 cannot be run as asked: ")
 
 
 def test_a_missing_package_is_told_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ RandomWeights = Annotated[
     ),
 ]
 _MAX_POINTS = 32
+_MAX_DIGITS = 9
 
 
 def bench(
@@ -51,7 +52,7 @@ def bench(
     from oomproof.units import parse_tokens
 
     counts = [_count(text) for text in _listed(requests, "requests")]
-    lengths = [parse_tokens(text) for text in _listed(contexts, "contexts")]
+    lengths = [parse_tokens(text, what="contexts") for text in _listed(contexts, "contexts")]
     session.require_run_packages()
     with loading_progress() as progress:
         report = session.bench(
@@ -90,7 +91,8 @@ def _listed(text: str, name: str) -> list[str]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= options.MAX_REQUESTS:
+    is_short = text.isdecimal() and len(text) <= _MAX_DIGITS
+    if not is_short or not 1 <= int(text) <= options.MAX_REQUESTS:
         raise InputError(
             f"requests {text[:40]!r} is no whole number from 1 to {options.MAX_REQUESTS}"
         )

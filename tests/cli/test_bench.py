@@ -1,0 +1,159 @@
+"""`oomproof bench`: figures to stdout, each as it comes to stderr, mistakes at once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from oomproof import session
+from oomproof.cli.options import MAX_REQUESTS
+from oomproof.errors import MissingDependencyError
+from tests.cli.invoke import invoke
+
+SIZES = ("--requests", "1,2", "--contexts", "16,64", "--context", "128")
+QUICK = (*SIZES, "--format", "bf16")
+POINTS = [
+    ("prefill", 1, 16),
+    ("prefill", 1, 64),
+    ("decode", 1, 16),
+    ("decode", 2, 16),
+    ("decode", 1, 64),
+    ("decode", 2, 64),
+]
+
+
+def points(engine: dict[str, Any]) -> list[tuple[str, int, int]]:
+    found = [timing["point"] for timing in engine["timings"]]
+    return [(point["kind"], point["requests"], point["context"]) for point in found]
+
+
+@pytest.fixture
+def runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes starting an engine, or measuring the machine, a failure of the test."""
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(session, "start_engine", fail)
+    monkeypatch.setattr(session, "rehearsable", fail)
+    monkeypatch.setattr("oomproof.engine.bench.measure_limits", fail)
+
+
+def test_json_holds_every_figure_with_its_limit_and_nothing_else() -> None:
+    done = invoke("bench", "tiny", "--json", *QUICK)
+    assert done.code == 0
+    report = json.loads(done.out)
+    assert (report["model"], report["devices"]) == ("tiny", ["cpu"])
+    assert report["limits"]["read_bytes_per_s"] > 0
+    assert report["limits"]["host_link_bytes_per_s"] is None
+    [engine] = report["engines"]
+    assert (engine["engine"], engine["format"], engine["kv_format"]) == ("native", "bf16", "bf16")
+    assert engine["load_s"] > 0
+    assert engine["load_bytes_per_s"] > 0
+    assert points(engine) == POINTS
+    for timing in engine["timings"]:
+        assert timing["tokens_per_second"] > 0
+        assert timing["share"] == pytest.approx(timing["tokens_per_second"] / timing["limit"])
+    assert done.err.count("native: prefill at") == 2
+    assert done.err.count("native: decode at") == 4
+    assert "decode at 2 × 64 tokens" in done.err
+
+
+def test_the_table_holds_a_row_a_point_and_the_loading() -> None:
+    done = invoke("bench", "tiny", *QUICK)
+    assert done.code == 0
+    rows = [line.split() for line in done.out.splitlines()]
+    found = [
+        (row[0], int(row[1]), int(row[2]))
+        for row in rows
+        if row[:1] in (["prefill"], ["decode"]) and row[1].isdigit()
+    ]
+    assert found == POINTS
+    assert [row[0] for row in rows if row[:1] == ["load"]] == ["load"]
+    assert "measured here: memory" in done.out
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("weights", [(), ("--random-weights",)])
+def test_a_peer_is_timed_at_the_same_points(weights: tuple[str, ...]) -> None:
+    done = invoke("bench", "tiny", "--against", "transformers", "--json", *weights, *QUICK)
+    assert done.code == 0
+    engines = json.loads(done.out)["engines"]
+    assert [engine["engine"] for engine in engines] == ["native", "transformers"]
+    assert [points(engine) for engine in engines] == [POINTS, POINTS]
+
+
+def test_the_table_sets_a_peer_beside_ours() -> None:
+    done = invoke("bench", "tiny", "--against", "transformers", *QUICK)
+    assert done.code == 0
+    assert "ratio" in done.out
+    assert done.err.count("transformers: decode at") == 4
+
+
+@pytest.mark.parametrize(("own", "theirs"), [("int8", "llm-int8"), ("int4", "nf4")])
+def test_a_peer_without_our_format_takes_the_nearest(own: str, theirs: str) -> None:
+    done = invoke(
+        "bench", "tiny", "--json", "--against", "transformers", "--format", own, *SIZES[:2],
+        "--contexts", "16", "--context", "64",
+    )  # fmt: skip
+    assert [engine["format"] for engine in json.loads(done.out)["engines"]] == [own, theirs]
+
+
+def test_a_model_of_the_catalog_is_timed_with_weights_that_are_made_up() -> None:
+    done = invoke(
+        "bench", "smollm2-135m", "--json", "--format", "bf16", "--requests", "1",
+        "--contexts", "8", "--context", "48",
+    )  # fmt: skip
+    assert done.code == 0
+    [engine] = json.loads(done.out)["engines"]
+    assert points(engine) == [("prefill", 1, 8), ("decode", 1, 8)]
+
+
+@pytest.mark.usefixtures("runs_nothing")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--requests", "0"), "requests '0' is no whole number from 1"),
+        (("--requests", "1,-2"), "requests '-2' is no whole number"),
+        (("--requests", "1.5"), "requests '1.5'"),
+        (("--requests", "²"), "requests '²'"),
+        (("--requests", str(MAX_REQUESTS + 1)), f"from 1 to {MAX_REQUESTS}"),
+        (("--requests", "0" * 8 + "19999"), "is no whole number from 1"),
+        (("--requests", "9" * 5000), "is no whole number from 1"),
+        (("--requests", ""), "requests '' lists 0 values, not 1 to 32"),
+        (("--requests", ","), "lists 0 values"),
+        (("--requests", ",".join(["1"] * 33)), "lists 33 values"),
+        (("--contexts", "0"), "contexts '0'"),
+        (("--contexts", "2k,x"), "contexts 'x' is not a token count"),
+        (("--contexts", " , "), "lists 0 values"),
+        (("--against", "vllm"), "nothing to compare with is called 'vllm': use transformers"),
+        (("--against", ""), "nothing to compare with is called ''"),
+        (("--against", "native"), "'native': use transformers"),
+        (("--against", "transformers", "--engine", "transformers"), "leave --against out"),
+        (("--against", "transformers", "--format", "fp32"), "no format to compare fp32 with: use"),
+        (("--against", "transformers", "--format", "nf4"), "add --engine native"),
+        (("--context", "32"), "use --context 64"),
+        (("--format", "llm-int8", "--engine", "native"), "use --engine transformers"),
+        (("--context", "99999"), "1,024"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_a_wrong_option_is_one_line_and_nothing_is_started(
+    arguments: tuple[str, ...], named: str
+) -> None:
+    assert named in invoke("bench", "tiny", *arguments).error
+
+
+@pytest.mark.usefixtures("runs_nothing")
+def test_what_does_not_fit_is_exit_code_3() -> None:
+    done = invoke("bench", "tiny", "--cap", "1MiB", *QUICK)
+    assert (done.code, done.out) == (3, "")
+
+
+def test_without_the_run_extra_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "find_spec", lambda name: None if name == "torch" else object())
+    assert "pip install 'oomproof[run]'" in invoke("bench", "tiny").error
+    with pytest.raises(MissingDependencyError, match="torch is not installed"):
+        session.bench("tiny")
