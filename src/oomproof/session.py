@@ -10,12 +10,10 @@ bench(plan or model, …)    → BenchReport: its speed against the machine's li
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -36,13 +34,13 @@ from oomproof.planning.notes import read_notes, write_notes
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import Offload, PlanRequest
 from oomproof.planning.search import make_plan
-from oomproof.starting import Contract, rehearsable, start_engine
-from oomproof.units import format_bytes, parse_bytes, parse_tokens
+from oomproof.planning.spelled import read_bytes, read_count, read_limits, read_tokens
+from oomproof.starting import Contract, import_engine, rehearsable, start_engine, start_timed
+from oomproof.units import format_bytes
 
 if TYPE_CHECKING:
     from oomproof.engine.bench import BenchReport, Timing
     from oomproof.engine.model import Model
-    from oomproof.engine.protocol import Engine
     from oomproof.engine.rehearsal import Rung
     from oomproof.engine.rehearse import Rehearsal
     from oomproof.planning.handoffs.handoff import HandOff
@@ -96,16 +94,16 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         InputError: Any of these cannot be understood or served; see oomproof.errors.
     """
     spec = resolve(str(model), revision=revision)
-    limits = _limits(max_memory)
+    limits = read_limits(max_memory)
     request = PlanRequest(
         format=format,
         kv_format=kv_format,
-        context=_tokens(context),
-        concurrency=_count(concurrency),
-        reserve_bytes=_bytes(reserve, "reserve") or 0,
+        context=read_tokens(context),
+        concurrency=read_count(concurrency),
+        reserve_bytes=read_bytes(reserve, "reserve") or 0,
         max_memory={index: size for index, size in limits.items() if index != "cpu"},
         max_host_bytes=limits.get("cpu"),
-        cap_bytes=_bytes(cap, "cap"),
+        cap_bytes=read_bytes(cap, "cap"),
         engine=engine,
         compute_dtype=compute_dtype,
         offload=cast(Offload, offload),
@@ -154,14 +152,14 @@ def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
     require_target(target)
     spec = resolve(str(model), revision=revision)
     hardware = probe() if gpus is None else describe(gpus, several_machines=target == "mlx")
-    limits = _limits(max_memory)
+    limits = read_limits(max_memory)
     request = PlanRequest(
         kv_format=kv_format,
-        context=_tokens(context),
-        concurrency=_count(concurrency),
-        reserve_bytes=_bytes(reserve, "reserve") or 0,
+        context=read_tokens(context),
+        concurrency=read_count(concurrency),
+        reserve_bytes=read_bytes(reserve, "reserve") or 0,
         max_memory={index: size for index, size in limits.items() if index != "cpu"},
-        cap_bytes=_bytes(cap, "cap"),
+        cap_bytes=read_bytes(cap, "cap"),
     )
     return hand_over(target, spec, hardware, request, format_name=format)
 
@@ -372,10 +370,10 @@ def bench(
         contracts = [replace(one, spec=spec) for one in contracts]
         folder = _fetch(spec, progress, trust_remote_code=False)
     for one in contracts:
-        _import_engine(one)
+        import_engine(one)
     told_bytes = _of_stage(progress, "load")
     contenders = [
-        Contender(plan=one.plan, start=partial(_start_timed, one, folder, told_bytes))
+        Contender(plan=one.plan, start=partial(start_timed, one, folder, told_bytes))
         for one in contracts
     ]
     # The machine is measured before an engine is there: CUDA starts then.
@@ -384,26 +382,6 @@ def bench(
         return run_bench(contenders, contracts[0].spec, requests, contexts, told=told)
     finally:
         release_devices(own)
-
-
-def _import_engine(contract: Contract) -> None:
-    """Imports what an engine needs, so that its loading is timed without it."""
-    if contract.plan.engine == "native":
-        import_module("oomproof.engine.native.load")
-        return
-    from oomproof.compat.model import import_libraries
-
-    import_module("oomproof.compat.rehearse")
-    import_libraries(contract.plan, contract.spec)
-
-
-def _start_timed(
-    contract: Contract, folder: Path | None, progress: Callable[[int, int], None] | None
-) -> Engine:
-    """An engine with the folder's weights, or, where there is none, with random ones."""
-    if folder is None:
-        return rehearsable(contract, progress).start()
-    return start_engine(contract, folder, progress)
 
 
 def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contract:
@@ -555,32 +533,3 @@ def _of_stage(progress: Progress | None, stage: str) -> Callable[[int, int], Non
 
 def _hardware(gpus: str | None) -> Hardware:
     return probe() if gpus is None else describe(gpus)
-
-
-def _tokens(context: int | str | None) -> int | Literal["auto"] | None:
-    if context is None or isinstance(context, int):
-        return context
-    return "auto" if context == "auto" else parse_tokens(context)
-
-
-def _limits(
-    max_memory: Mapping[int | Literal["cpu"], int | str] | None,
-) -> dict[int | Literal["cpu"], int]:
-    return {index: _bytes(size, "max-memory") or 0 for index, size in (max_memory or {}).items()}
-
-
-def _count(concurrency: int | str) -> int | Literal["auto"]:
-    if isinstance(concurrency, int):
-        return concurrency
-    if concurrency == "auto":
-        return "auto"
-    if not re.fullmatch(r"-?[0-9]+", concurrency):
-        raise InputError(
-            f"concurrency {concurrency[:40]!r} is no whole number", remedy='write "4" or "auto"'
-        )
-    # PlanRequest refuses what is out of bounds; a number of a thousand digits need not be read.
-    return int(concurrency[:40])
-
-
-def _bytes(size: int | str | None, what: str) -> int | None:
-    return parse_bytes(size, what=what) if isinstance(size, str) else size

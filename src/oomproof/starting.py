@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,3 +95,21 @@ def rehearsable(contract: Contract, progress: Loaded | None = None) -> Rehearsab
     from oomproof.compat.rehearse import rehearsable as with_transformers
 
     return with_transformers(plan, spec, hardware, progress)
+
+
+def import_engine(contract: Contract) -> None:
+    """Imports what an engine needs, so that its loading is timed without it."""
+    if contract.plan.engine == "native":
+        import_module("oomproof.engine.native.load")
+        return
+    from oomproof.compat.model import import_libraries
+
+    import_module("oomproof.compat.rehearse")
+    import_libraries(contract.plan, contract.spec)
+
+
+def start_timed(contract: Contract, folder: Path | None, progress: Loaded | None) -> Engine:
+    """An engine with the folder's weights, or, where there is none, with random ones."""
+    if folder is None:
+        return rehearsable(contract, progress).start()
+    return start_engine(contract, folder, progress)
