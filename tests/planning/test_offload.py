@@ -15,6 +15,7 @@ from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
 from oomproof.planning.speed import MIN_TOKENS_PER_SECOND
+from oomproof.session import plan as plan_here
 from oomproof.units import GIB
 
 
@@ -175,3 +176,15 @@ def test_unequal_cards_are_placed_too() -> None:
     assert covered[0][0] == 0
     assert covered[-1][1] == 79
     assert all(device.peak_bytes <= device.usable_bytes for device in plan.devices)
+
+
+def test_page_locked_layers_are_planned_as_torch_rounds_them_up() -> None:
+    options: dict[str, Any] = {"gpus": "H200", "format": "bf16", "context": 8192}
+    whole = plan_here("llama-3.1-8b", **options)
+    streamed = plan_here("llama-3.1-8b", **options, cap="11GiB", offload="cpu")
+    [device] = streamed.devices
+    assert device.streamed_layers is not None
+    count = device.streamed_layers[1] - device.streamed_layers[0] + 1
+    layer = streamed.host.terms.offloaded // count
+    rounded = 1 << (layer - 1).bit_length()
+    assert streamed.host.terms.pinned - whole.host.terms.pinned == count * (rounded - layer)

@@ -46,7 +46,7 @@ class HostTerms:
     staging: int = 0
     """Source tensors on their way, while loading."""
     pinned: int = 0
-    """Page-locked buffers for copies to a GPU."""
+    """Page-locked buffers for copies to a GPU, and what page-locking offloaded layers rounds up."""
     offloaded: int = 0
     """Layers that stay here, page-locked, and are streamed to their device in every step."""
     margin: int = 0

@@ -61,7 +61,12 @@ class Candidate:
     @property
     def host_plan(self) -> HostPlan:
         """What the process needs in host RAM, layers that stay there included."""
-        terms = replace(self.host.terms, offloaded=self.streamed_bytes)
+        rounding = 0 if self._streamed is None else self._streamed.rounding_bytes
+        terms = replace(
+            self.host.terms,
+            pinned=self.host.terms.pinned + rounding,
+            offloaded=self.streamed_bytes,
+        )
         return replace(self.host, terms=terms)
 
     @property

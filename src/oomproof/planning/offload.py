@@ -37,6 +37,9 @@ class StreamedPlacement:
     """Device index → weight bytes on the device: resident units and streaming buffers."""
     streamed_bytes: int
     """Weight bytes in host memory."""
+    rounding_bytes: int
+    """What page-locked memory for them takes beyond that: torch's allocator hands out powers of
+    two (ATen/core/CachingHostAllocator.h)."""
     streaming_s: float
     """What waiting for them adds to a decode step."""
 
@@ -159,7 +162,7 @@ def _placement(
     parts: Sequence[tuple[Slot, int, int]], kinds: Mapping[tuple[object, ...], _Kind]
 ) -> StreamedPlacement:
     ranges, streamed, resident = {}, {}, {}
-    streamed_bytes, streaming_s = 0, 0.0
+    streamed_bytes, rounding_bytes, streaming_s = 0, 0, 0.0
     for slot, first, end in parts:
         index, kind = slot.device.index, kinds[slot.kind]
         count = kind.counts[first][end - first - 1]
@@ -170,11 +173,23 @@ def _placement(
             away = kind.model.weights_bytes(*streamed[index])
             resident[index] += kind.buffers_bytes(first, end) - away
             streamed_bytes += away
+            rounding_bytes += sum(
+                _power_of_two(size) - size
+                for size in (
+                    kind.model.weights_bytes(unit, unit + 1) for unit in range(*streamed[index])
+                )
+            )
             streaming_s += kind.waiting_s(end, count)
     return StreamedPlacement(
         ranges=ranges,
         streamed=streamed,
         resident_bytes=resident,
         streamed_bytes=streamed_bytes,
+        rounding_bytes=rounding_bytes,
         streaming_s=streaming_s,
     )
+
+
+def _power_of_two(size_bytes: int) -> int:
+    """The smallest one that is not below a size."""
+    return 1 << max(0, size_bytes - 1).bit_length()
