@@ -21,6 +21,7 @@ GOOD = Facts(
         "transformers": "5.17.0",
         "accelerate": "1.15.0",
         "bitsandbytes": "0.50.2",
+        "triton": "3.6.0",
     },
     hardware=describe("2x H200"),
     hardware_error=None,
@@ -28,6 +29,7 @@ GOOD = Facts(
     torch_error=None,
     bitsandbytes_error=None,
     bitsandbytes_works=True,
+    c_compiler="/usr/bin/gcc",
 )
 
 
@@ -225,3 +227,20 @@ def test_a_probe_that_fails_becomes_a_fact(monkeypatch: pytest.MonkeyPatch) -> N
     facts = gather()
     assert facts.hardware is None
     assert facts.hardware_error == "NVML said: driver not loaded"
+
+
+def test_our_kernels_need_triton_and_a_c_compiler_and_say_what_brings_them() -> None:
+    without = {name: v for name, v in GOOD.packages.items() if name != "triton"}
+    found = verdicts(replace(GOOD, packages=without))["native engine"]
+    assert (found.status, found.remedy) == ("missing", INSTALL_RUN)
+    found = verdicts(replace(GOOD, c_compiler=None))["native engine"]
+    assert found.status == "missing"
+    assert "apt-get install gcc" in (found.remedy or "")
+    assert found.required
+
+
+def test_where_our_engine_is_not_made_for_the_system_nothing_is_required_of_it() -> None:
+    found = verdicts(replace(GOOD, system="Windows AMD64"))["native engine"]
+    assert (found.status, found.required) == ("missing", False)
+    on_cpu = verdicts(replace(GOOD, hardware=describe("cpu"), c_compiler=None))["native engine"]
+    assert on_cpu.status == "ok"

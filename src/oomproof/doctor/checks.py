@@ -137,6 +137,37 @@ def check_run_packages(facts: Facts) -> Verdict:
     return Verdict(capability="run models", status="ok", detail=versions)
 
 
+def check_native_engine(facts: Facts) -> Verdict:
+    """Whether our own engine's kernels can be compiled for the GPUs."""
+    name = "native engine"
+    if not any(gpu.kind == "cuda" for gpu in _gpus(facts)):
+        return Verdict(
+            capability=name, status="ok", detail="runs in plain torch on the CPU", required=False
+        )
+    if not facts.system.startswith("Linux"):
+        return Verdict(
+            capability=name,
+            status="missing",
+            detail=f"needs Linux, this is {facts.system}; models run through transformers",
+            required=False,
+        )
+    triton = facts.packages.get("triton")
+    if triton is None:
+        return Verdict(
+            capability=name, status="missing", detail="not installed: triton", remedy=INSTALL_RUN
+        )
+    if facts.c_compiler is None:
+        return Verdict(
+            capability=name,
+            status="missing",
+            detail=f"triton {triton} needs a C compiler, and there is none",
+            remedy="apt-get install gcc (or set CC), or use --engine transformers",
+        )
+    return Verdict(
+        capability=name, status="ok", detail=f"triton {triton}, compiler {facts.c_compiler}"
+    )
+
+
 def check_4bit(facts: Facts) -> Verdict:
     """Whether bitsandbytes computes a 4-bit product here."""
     if facts.torch_error is not None:
@@ -202,6 +233,7 @@ CHECKS: tuple[Callable[[Facts], Verdict], ...] = (
     check_run_packages,
     check_memory,
     check_gpu,
+    check_native_engine,
     check_4bit,
     check_bf16,
     check_fp8,

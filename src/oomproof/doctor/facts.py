@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata, util
+from shutil import which
 from typing import TypeVar
 
 from oomproof.errors import OomproofError
@@ -58,6 +60,8 @@ class Facts:
     """Why a 4-bit product failed, None where it worked or was not tried."""
     bitsandbytes_works: bool
     """Whether a small 4-bit product gave a finite answer here."""
+    c_compiler: str | None = None
+    """What Triton would build its launchers with: $CC, gcc or clang; None where there is none."""
 
 
 def gather() -> Facts:
@@ -77,7 +81,12 @@ def gather() -> Facts:
         torch_error=torch_error,
         bitsandbytes_error=bitsandbytes_error,
         bitsandbytes_works=bool(works),
+        c_compiler=_c_compiler(),
     )
+
+
+def _c_compiler(environ: Mapping[str, str] = os.environ) -> str | None:
+    return environ.get("CC") or which("gcc") or which("clang")
 
 
 def _try(ask: Callable[[], T]) -> tuple[T | None, str | None]:
