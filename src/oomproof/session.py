@@ -285,11 +285,7 @@ def rehearse(
         MissingDependencyError, PlanDoesNotFitError, NotRunnableError, InputError: As `load` does.
     """
     contract = _agree(model, options, needs_checkpoint=False)
-    if contract.plan.quantized_checkpoint is not None:
-        raise NotRunnableError(
-            f"{contract.plan.model} is quantized already, and random weights are made in 16 bits",
-            remedy=f"rehearse its 16-bit model with --format {contract.plan.format}",
-        )
+    _refuse_made_up(contract.plan, "rehearse")
     from oomproof.engine.rehearse import rehearse_plan
 
     notes = read_notes()
@@ -303,6 +299,14 @@ def rehearse(
     if keep_note and (found := rehearsal.notes(notes)):
         write_notes(found)
     return rehearsal
+
+
+def _refuse_made_up(agreed: Plan, verb: str) -> None:
+    if agreed.quantized_checkpoint is not None:
+        raise NotRunnableError(
+            f"{agreed.model} is quantized already, and random weights are made in 16 bits",
+            remedy=f"{verb} its 16-bit model with --format {agreed.format}",
+        )
 
 
 def _require_transformers(agreed: Plan) -> None:
@@ -356,11 +360,8 @@ def bench(
     contract = _agree(model, options, needs_checkpoint=False)
     own = contract.plan
     made_up = random_weights or contract.spec.source.kind == "catalog"
-    if made_up and own.quantized_checkpoint is not None:
-        raise NotRunnableError(
-            f"{own.model} is quantized already, and random weights are made in 16 bits",
-            remedy=f"bench its 16-bit model with --format {own.format}",
-        )
+    if made_up:
+        _refuse_made_up(own, "bench")
     contracts = [contract]
     if against is not None:
         contracts.append(_peer(contract, against, options))

@@ -48,7 +48,8 @@ def bench(
 ) -> None:
     """Time loading, prompts and decoding against what this machine's memory and cores allow."""
     from oomproof import session
-    from oomproof.cli.render import loading_progress, print_bench, print_timing
+    from oomproof.cli.render import loading_progress
+    from oomproof.cli.render_bench import print_bench, print_timing
     from oomproof.units import parse_tokens
 
     counts = [_count(text) for text in _listed(requests, "requests")]

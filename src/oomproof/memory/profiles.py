@@ -212,7 +212,8 @@ def native_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:  # noqa
         pinned_bytes=PINNED_BYTES + 32 * MIB if on_gpu else 0,
         host_runtime_bytes=2048 * MIB if on_gpu else 1024 * MIB,
         margin_bytes=128 * MIB if on_gpu else 64 * MIB,
-        measured="2026-11-21, NVIDIA H200, torch 2.11 (benchmarks/results/native-h200.jsonl)",
+        measured="2026-11-21, NVIDIA H200, torch 2.11, Triton 3.6 "
+        "(benchmarks/results/rehearsals-native-h200.jsonl)",
         is_static=True,
         graph_bytes_per_layer=_GRAPH_BYTES_PER_LAYER if on_gpu else 0,
         loading_bytes=DEVICE_STAGING_BYTES if on_gpu else 64 * MIB,
