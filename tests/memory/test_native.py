@@ -20,6 +20,7 @@ from oomproof.memory.native import (
     DECODE_SPLITS,
     SLICE_ROWS,
     SPLIT_TOKENS,
+    Share,
     StepShape,
     chunk_tokens,
     decode_splits,
@@ -397,4 +398,39 @@ def test_weights_are_aligned_one_by_one(spec: ModelSpec, format_name: str) -> No
     if format_name == "bf16":
         assert model.weights_bytes() == sum(
             round_up(2 * tensor.numel, ALIGNMENT_BYTES) for tensor in spec.tensors
+        )
+
+
+@law
+@given(CONTEXTS, REQUESTS)
+def test_ranks_share_heads_and_width_and_nothing_else(context: int, requests: int) -> None:
+    spec = known("llama-3.1-8b")
+    whole = replace(SHAPE, context=context, concurrency=requests)
+    half = replace(whole, share=Share(rank=1, ranks=2))
+    split = {"qkv", "attended", "partials", "gate_up", "gated"}
+    for one, part in zip(step_buffers(spec, whole), step_buffers(spec, half), strict=True):
+        factor = 2 if one.name in split else 1
+        assert one.name == part.name
+        assert one.size_bytes == factor * part.size_bytes
+    sizes = [
+        layer_kv_bytes(
+            spec.attention[0],
+            context=context,
+            concurrency=requests,
+            dtype=DType.BFLOAT16,
+            share=share,
+        )
+        for share in (whole.share, half.share)
+    ]
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_heads_that_ranks_cannot_share_evenly_are_refused() -> None:
+    with pytest.raises(ValueError, match="8 KV heads cannot be split evenly over 3 ranks"):
+        layer_kv_bytes(
+            known("llama-3.1-8b").attention[0],
+            context=1,
+            concurrency=1,
+            dtype=DType.BFLOAT16,
+            share=Share(ranks=3),
         )

@@ -35,6 +35,31 @@ STREAMING_BUFFERS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """A rank's part of every layer, where ranks share heads and the width of the MLP.
+
+    That is tensor parallelism (arXiv:1909.08053).
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, size: int, what: str) -> int:
+        """What a rank has of something that is split.
+
+        Raises:
+            ValueError: It cannot be split evenly.
+        """
+        if size % self.ranks:
+            raise ValueError(f"{size} {what} cannot be split evenly over {self.ranks} ranks")
+        return size // self.ranks
+
+
+WHOLE = Share()
+"""All of every layer: what the engine runs today."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
     """What the buffers of a device depend on, besides the model."""
 
@@ -47,6 +72,7 @@ class StepShape:
     has_layers: bool = True
     has_head: bool
     """Whether logits are computed and tokens drawn there."""
+    share: Share = WHOLE
 
 
 def chunk_tokens(context: int) -> int:
@@ -72,10 +98,11 @@ def layer_pages(attention: AttentionSpec, context: int) -> int:
 
 
 def layer_kv_bytes(
-    attention: AttentionSpec, *, context: int, concurrency: int, dtype: DType
+    attention: AttentionSpec, *, context: int, concurrency: int, dtype: DType, share: Share = WHOLE
 ) -> int:
     """Bytes of one layer's pages for `concurrency` requests of `context` tokens."""
-    per_token = attention.num_key_value_heads * (attention.key_head_dim + attention.value_head_dim)
+    kv_heads = share.of(attention.num_key_value_heads, "KV heads")
+    per_token = kv_heads * (attention.key_head_dim + attention.value_head_dim)
     tokens = layer_pages(attention, context) * PAGE_TOKENS
     return concurrency * tokens * per_token * dtype.itemsize
 
@@ -96,8 +123,10 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
     tokens, requests = step_tokens(shape), shape.concurrency
     hidden, compute = spec.hidden_size, shape.compute_dtype
     attention = spec.attention[0]
-    heads, head_dim = spec.num_attention_heads, attention.key_head_dim
-    qkv = (heads + 2 * attention.num_key_value_heads) * head_dim
+    share, head_dim = shape.share, attention.key_head_dim
+    heads = share.of(spec.num_attention_heads, "attention heads")
+    qkv = (heads + 2 * share.of(attention.num_key_value_heads, "KV heads")) * head_dim
+    width = share.of(spec.intermediate_size, "columns of the MLP")
     groups = sorted({layer.sliding_window or 0 for layer in spec.attention})
     buffers = [
         # Row by row: token, position, slot of its request (-1 for padding).
@@ -136,13 +165,11 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
             ),
             Buffer(
                 name="gate_up",
-                shape=(tokens, 2 * spec.intermediate_size),
+                shape=(tokens, 2 * width),
                 dtype=compute,
                 phase="mlp",
             ),
-            Buffer(
-                name="gated", shape=(tokens, spec.intermediate_size), dtype=compute, phase="mlp"
-            ),
+            Buffer(name="gated", shape=(tokens, width), dtype=compute, phase="mlp"),
         ]
     if shape.has_head:
         buffers += [

@@ -14,7 +14,12 @@ import transformers
 from oomproof.engine.messages import FinishedEvent, Request, SamplingOptions, TokenEvent
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.load import load_engine
-from oomproof.errors import CheckpointError, PlanMismatchError, RequestError
+from oomproof.errors import (
+    CheckpointError,
+    NotRunnableError,
+    PlanMismatchError,
+    RequestError,
+)
 from oomproof.formats import get_format
 from oomproof.hardware.probe import probe
 from oomproof.models.resolve import bundled_folder, resolve, with_checkpoint
@@ -268,3 +273,10 @@ def test_a_plan_that_promises_less_than_the_model_takes_is_refused(term: str) ->
     spec = with_checkpoint(resolve("tiny"))
     with pytest.raises(PlanMismatchError, match=f"bytes of {term}"):
         load_engine(wrong, spec, probe(), bundled_folder())
+
+
+def test_a_plan_of_several_ranks_is_refused(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path, "llama")
+    planned = replace(plan(folder, engine="native"), tensor_parallel=2)
+    with pytest.raises(NotRunnableError, match="over 2 ranks, this version computes 1"):
+        load_engine(planned, with_checkpoint(resolve(str(folder))), probe(), folder)

@@ -17,12 +17,12 @@ from oomproof.engine.native.weights import (
     Parameter,
     lay_out_block,
 )
-from oomproof.errors import PlanMismatchError
+from oomproof.errors import NotRunnableError, PlanMismatchError
 from oomproof.formats import DType, get_format
 from oomproof.loading.targets import Target
 from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.model import unit_of
-from oomproof.memory.native import STREAMING_BUFFERS, StepShape, step_layout
+from oomproof.memory.native import STREAMING_BUFFERS, Share, StepShape, step_layout
 from oomproof.memory.profiles import QUANTIZED_ROLES
 from oomproof.memory.weights import StoredTensor, stored
 from oomproof.models.forward import ForwardSpec
@@ -39,12 +39,29 @@ class NativeDevice:
         planned: The device's part of it.
         spec: The model.
         forward: Its numbers.
+        rank: Which part of every layer it has, of the plan's `tensor_parallel`.
+
+    Raises:
+        NotRunnableError: Layers are split over ranks, which this version does not compute.
     """
 
     def __init__(
-        self, plan: Plan, planned: DevicePlan, spec: ModelSpec, forward: ForwardSpec
+        self,
+        plan: Plan,
+        planned: DevicePlan,
+        spec: ModelSpec,
+        forward: ForwardSpec,
+        *,
+        rank: int = 0,
     ) -> None:
+        if plan.tensor_parallel != 1:
+            raise NotRunnableError(
+                f"the plan splits each layer over {plan.tensor_parallel} ranks, "
+                f"this version computes 1",
+                remedy="plan again with this version",
+            )
         self.planned = planned
+        self.share = Share(rank=rank, ranks=plan.tensor_parallel)
         self.device = torch.device(
             *(("cuda", planned.index) if planned.kind == "cuda" else ("cpu",))
         )
@@ -154,6 +171,7 @@ class NativeDevice:
             quantized=get_format(plan.format).is_quantized,
             has_layers=planned.layers is not None,
             has_head=planned.holds_head,
+            share=self.share,
         )
         self._arena = Arena(step_layout(spec, shape), self.device)
         if planned.layers is not None:
@@ -167,6 +185,7 @@ class NativeDevice:
                 dtype=KV_FORMATS[plan.kv_format],
                 device=self.device,
                 tables={window: self.arena[f"pages.{window}"] for window in windows},
+                share=self.share,
             )
             self.layers = Layers(
                 self.arena, self.pool, self._forward, planned.layers, *self._layer_source()

@@ -12,7 +12,7 @@ import torch
 
 from oomproof.formats import DType, ceil_div
 from oomproof.memory.kv_cache import PAGE_TOKENS
-from oomproof.memory.native import layer_kv_bytes, layer_pages
+from oomproof.memory.native import WHOLE, Share, layer_kv_bytes, layer_pages
 from oomproof.models.spec import ModelSpec
 
 
@@ -58,6 +58,7 @@ class KVPool:
         dtype: Of keys and values; float8_e4m3fn is kept without a scale.
         device: Where it lives.
         tables: Window (0 for none) → int32 [slots, pages of a request] on the device.
+        share: The rank's part of the KV heads.
     """
 
     def __init__(
@@ -70,12 +71,15 @@ class KVPool:
         dtype: DType,
         device: torch.device,
         tables: Mapping[int, torch.Tensor],
+        share: Share = WHOLE,
     ) -> None:
         first, last = layers
         attention = spec.attention[first : last + 1]
         self.tables = tables
         sizes = [
-            layer_kv_bytes(layer, context=context, concurrency=concurrency, dtype=dtype)
+            layer_kv_bytes(
+                layer, context=context, concurrency=concurrency, dtype=dtype, share=share
+            )
             for layer in attention
         ]
         element: torch.dtype = getattr(torch, dtype)
@@ -90,7 +94,11 @@ class KVPool:
         ):
             pages = concurrency * layer_pages(layer, context)
             whole = raw.view(element).view(
-                2, pages, layer.num_key_value_heads, PAGE_TOKENS, layer.key_head_dim
+                2,
+                pages,
+                share.of(layer.num_key_value_heads, "KV heads"),
+                PAGE_TOKENS,
+                layer.key_head_dim,
             )
             self._layers[index] = (whole[0], whole[1])
 
