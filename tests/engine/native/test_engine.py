@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,15 @@ def prompts(count: int, vocab_size: int, longest: int, seed: int = 0) -> list[li
     ]
 
 
-def reference_model(folder: Path, format_name: str) -> Any:
-    """transformers' float32 model with the weights that the format stands for."""
+def reference_model(
+    folder: Path,
+    format_name: str,
+    encode: Callable[[str, torch.Tensor], dict[str, torch.Tensor]] | None = None,
+) -> Any:
+    """transformers' float32 model with the weights that the format stands for.
+
+    `encode` makes the codes; the reference does where none is given.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if get_format(format_name).is_quantized:
         handled = handler(format_name)
@@ -87,9 +94,8 @@ def reference_model(folder: Path, format_name: str) -> Any:
                 if isinstance(module, torch.nn.Linear):
                     weight = module.weight.data.bfloat16()
                     shape = (weight.shape[0], weight.shape[1])
-                    module.weight.data = handled.decode(
-                        handled.encode(weight), shape, torch.float32
-                    )
+                    parts = encode(format_name, weight) if encode else handled.encode(weight)
+                    module.weight.data = handled.decode(parts, shape, torch.float32)
     return model.eval()
 
 

@@ -21,6 +21,7 @@ _FLOAT8 = torch.float8_e4m3fn
 _TILE_TOKENS = 64
 """Keys that attention looks at in one go; it divides a page."""
 _LEAST_DOT_ROWS = 16
+"""Of either side of a matrix product, and of what it sums over."""
 
 
 def add_rms_norm(
@@ -235,7 +236,7 @@ def attend_decode(
     """Each request's tokens in `splits` parts side by side (flash-decoding), then put together."""
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     heads, splits, rows = out.shape[1] // head_dim, partials.shape[2], qkv.shape[0]
-    block = triton.next_power_of_2(head_dim)
+    block = max(_LEAST_DOT_ROWS, triton.next_power_of_2(head_dim))
     group = heads // kv_heads
     _attend_part[(rows, kv_heads, splits)](
         qkv,
@@ -373,7 +374,7 @@ def attend_prefill(
     """Tiles of a head's queries against the keys before (FlashAttention 2, arXiv:2307.08691)."""
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     heads, rows = out.shape[1] // head_dim, qkv.shape[0]
-    block = triton.next_power_of_2(head_dim)
+    block = max(_LEAST_DOT_ROWS, triton.next_power_of_2(head_dim))
     wide = qkv.dtype is torch.float32 or block > 128
     tile_rows = 32 if wide else 128
     _attend_chunk[(triton.cdiv(rows, tile_rows), heads)](
