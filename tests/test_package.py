@@ -69,6 +69,16 @@ def test_the_wheel_brings_the_bundled_model_within_its_bound(wheel: Path) -> Non
     assert "oomproof/models/catalog.json" in sizes
 
 
+def test_the_wheel_brings_every_cuda_source(wheel: Path) -> None:
+    sources = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in (ROOT / "src").rglob("*")
+        if path.suffix in {".cu", ".cuh"}
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        assert sources <= set(archive.namelist())
+
+
 @pytest.mark.timeout(300)
 def test_a_bare_environment_plans_with_the_wheel_and_says_what_run_needs(
     wheel: Path, tmp_path: Path

@@ -10,6 +10,8 @@ OomproofError                   exit code 1
 ├── MissingDependencyError      a package of the [run] extra is absent (carries the install line)
 ├── NotRunnableError            the plan fits, but no engine here can run it
 ├── PlanDoesNotFitError         exit code 3: the plan needs more memory than there is
+├── KernelCompileError          NVRTC refuses one of our CUDA sources (carries its log)
+├── CudaError                   the CUDA driver refuses a call (carries its name of the error)
 └── LoadError                   loading did not produce what the plan promised
     └── PlanMismatchError       a parameter's device, dtype or bytes differ from the plan
 
@@ -128,6 +130,40 @@ class PlanDoesNotFitError(OomproofError):
     def __init__(self, message: str, *, shortfall_bytes: int, remedy: str | None = None) -> None:
         self.shortfall_bytes = shortfall_bytes
         super().__init__(message, remedy=remedy)
+
+
+class KernelCompileError(OomproofError):
+    """NVRTC refuses one of our CUDA sources.
+
+    Args:
+        source: Name of the source, and what it was compiled for.
+        log: Everything that NVRTC says; the message has its first errors.
+    """
+
+    def __init__(self, source: str, log: str) -> None:
+        self.source = source
+        self.log = log
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line] or lines or ["NVRTC gives no reason"]
+        super().__init__(
+            f"{source}: {'; '.join(errors[:3])}",
+            remedy="this is a bug in oomproof or an untested NVRTC; report it, "
+            "and use --engine transformers until then",
+        )
+
+
+class CudaError(OomproofError):
+    """The CUDA driver refuses a call.
+
+    Args:
+        call: The function of the driver, and what it was called for.
+        name: CUDA's name of the error: "CUDA_ERROR_INVALID_IMAGE".
+    """
+
+    def __init__(self, call: str, name: str, *, remedy: str | None = None) -> None:
+        self.call = call
+        self.name = name
+        super().__init__(f"{call}: {name}", remedy=remedy)
 
 
 class LoadError(OomproofError):

@@ -22,6 +22,7 @@ GOOD = Facts(
         "accelerate": "1.15.0",
         "bitsandbytes": "0.50.2",
         "triton": "3.6.0",
+        "cuda-bindings": "13.0.3",
     },
     hardware=describe("2x H200"),
     hardware_error=None,
@@ -30,6 +31,7 @@ GOOD = Facts(
     bitsandbytes_error=None,
     bitsandbytes_works=True,
     c_compiler="/usr/bin/gcc",
+    nvrtc="13.0",
 )
 
 
@@ -237,6 +239,19 @@ def test_our_kernels_need_triton_and_a_c_compiler_and_say_what_brings_them() -> 
     assert found.status == "missing"
     assert "apt-get install gcc" in (found.remedy or "")
     assert found.required
+
+
+def test_our_cuda_sources_need_nvrtc_and_the_way_to_it() -> None:
+    without = {name: v for name, v in GOOD.packages.items() if name != "cuda-bindings"}
+    found = verdicts(replace(GOOD, packages=without))["native engine"]
+    assert (found.status, found.remedy) == ("missing", INSTALL_RUN)
+    assert found.detail == "not installed: cuda-bindings"
+    found = verdicts(replace(GOOD, nvrtc=None))["native engine"]
+    assert (found.status, found.remedy) == ("missing", "pip install nvidia-cuda-nvrtc")
+    cuda_12 = GOOD.packages | {"cuda-bindings": "12.9.4"}
+    found = verdicts(replace(GOOD, packages=cuda_12, nvrtc=None))["native engine"]
+    assert found.remedy == "pip install nvidia-cuda-nvrtc-cu12"
+    assert "NVRTC 13.0" in verdicts(GOOD)["native engine"].detail
 
 
 def test_where_our_engine_is_not_made_for_the_system_nothing_is_required_of_it() -> None:

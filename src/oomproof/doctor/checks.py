@@ -13,6 +13,7 @@ from typing import Any, Literal
 from oomproof.doctor.facts import Facts
 from oomproof.formats import FORMATS
 from oomproof.hardware.spec import DeviceSpec
+from oomproof.kernels.compiler import nvrtc_wheel
 from oomproof.units import GIB, format_bytes
 
 INSTALL_RUN = "pip install 'oomproof[run]'"
@@ -151,11 +152,15 @@ def check_native_engine(facts: Facts) -> Verdict:
             detail=f"needs Linux, this is {facts.system}; models run through transformers",
             required=False,
         )
-    triton = facts.packages.get("triton")
-    if triton is None:
+    absent = [package for package in ("triton", "cuda-bindings") if package not in facts.packages]
+    if absent:
         return Verdict(
-            capability=name, status="missing", detail="not installed: triton", remedy=INSTALL_RUN
+            capability=name,
+            status="missing",
+            detail=f"not installed: {', '.join(absent)}",
+            remedy=INSTALL_RUN,
         )
+    triton = facts.packages["triton"]
     if facts.c_compiler is None:
         return Verdict(
             capability=name,
@@ -163,8 +168,17 @@ def check_native_engine(facts: Facts) -> Verdict:
             detail=f"triton {triton} needs a C compiler, and there is none",
             remedy="apt-get install gcc (or set CC), or use --engine transformers",
         )
+    if facts.nvrtc is None:
+        return Verdict(
+            capability=name,
+            status="missing",
+            detail="NVRTC, which compiles the CUDA sources, cannot be loaded",
+            remedy=f"pip install {nvrtc_wheel(facts.packages['cuda-bindings'])}",
+        )
     return Verdict(
-        capability=name, status="ok", detail=f"triton {triton}, compiler {facts.c_compiler}"
+        capability=name,
+        status="ok",
+        detail=f"triton {triton}, compiler {facts.c_compiler}, NVRTC {facts.nvrtc}",
     )
 
 

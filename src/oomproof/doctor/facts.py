@@ -14,6 +14,7 @@ from typing import TypeVar
 from oomproof.errors import OomproofError
 from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import Hardware
+from oomproof.kernels.compiler import nvrtc_version
 
 T = TypeVar("T")
 
@@ -23,6 +24,7 @@ _PACKAGES = (
     "accelerate",
     "bitsandbytes",
     "triton",
+    "cuda-bindings",
     "flash-attn",
     "safetensors",
     "huggingface_hub",
@@ -62,6 +64,8 @@ class Facts:
     """Whether a small 4-bit product gave a finite answer here."""
     c_compiler: str | None = None
     """What Triton would build its launchers with: $CC, gcc or clang; None where there is none."""
+    nvrtc: str | None = None
+    """Version of the NVRTC that compiles our CUDA sources; None where it cannot be loaded."""
 
 
 def gather() -> Facts:
@@ -69,6 +73,7 @@ def gather() -> Facts:
     hardware, hardware_error = _try(probe)
     torch_facts, torch_error = _try(_torch_facts) if util.find_spec("torch") else (None, None)
     works, bitsandbytes_error = None, None
+    nvrtc, _ = _try(nvrtc_version)
     if torch_facts is not None and util.find_spec("bitsandbytes"):
         works, bitsandbytes_error = _try(_try_4bit)
     return Facts(
@@ -82,6 +87,7 @@ def gather() -> Facts:
         bitsandbytes_error=bitsandbytes_error,
         bitsandbytes_works=bool(works),
         c_compiler=_c_compiler(),
+        nvrtc=nvrtc,
     )
 
 

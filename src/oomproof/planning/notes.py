@@ -1,9 +1,8 @@
 """What rehearsals measured on this machine, kept for the next plan.
 
-One JSON line a rehearsal in calibration.jsonl, under $OOMPROOF_HOME, else $XDG_STATE_HOME/oomproof,
-else ~/.local/state/oomproof. Notes count for GPUs of the same name under the same engine: the
-context is what was measured there, a workspace that was above its prediction is planned with what
-it lacked, and speeds are corrected by what was timed.
+One JSON line a rehearsal in calibration.jsonl, in oomproof's home. Notes count for GPUs of the same
+name under the same engine: the context is what was measured there, a workspace that was above its
+prediction is planned with what it lacked, and speeds are corrected by what was timed.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from statistics import median
 from oomproof.errors import InputError
 from oomproof.formats import DType, Format
 from oomproof.hardware.spec import DeviceSpec
+from oomproof.home import home_folder
 from oomproof.memory.profiles import EngineProfile
 from oomproof.units import MIB, round_up
 
@@ -109,10 +109,7 @@ def kind_of(weight_format: Format) -> str:
 
 def notes_file(environ: Mapping[str, str] = os.environ) -> Path:
     """Where notes are kept."""
-    if home := environ.get("OOMPROOF_HOME"):
-        return Path(home) / "calibration.jsonl"
-    state = environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "oomproof" / "calibration.jsonl"
+    return home_folder(environ) / "calibration.jsonl"
 
 
 def read_notes(path: Path | None = None) -> Notes:

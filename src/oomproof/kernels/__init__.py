@@ -1,0 +1,1 @@
+"""CUDA C++ kernels: sources in the package, compiled when they are first used, kept, launched."""

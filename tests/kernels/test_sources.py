@@ -1,0 +1,99 @@
+"""Every CUDA source that the package brings compiles for every architecture, within its limits.
+
+A `.cu` file belongs to a `Source` in a module that oomproof.kernels.source.DECLARED_IN names; all
+variants of all of them are compiled here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import oomproof
+from oomproof.kernels import source
+from oomproof.kernels.compiler import compile_program
+from oomproof.kernels.source import Source, Variant, declared_sources
+from oomproof.units import KIB
+from tests.kernels.layout import layout_checks
+from tests.kernels.programs import ARCHITECTURES, SCALE, SPILL, Params, needs_nvrtc
+
+MAX_SHARED_BYTES = 99 * KIB
+"""A block's on compute capability 8.6, 8.9 and 12.0, the least of all."""
+
+
+def problems_of(declared: Source, variant: Variant, capability: tuple[int, int]) -> list[str]:
+    """What is wrong with a variant of a source on an architecture."""
+    program = declared.program(variant)
+    checks = "".join(map(layout_checks, declared.parameters))
+    compiled = compile_program(replace(program, text=program.text + checks), capability)
+    problems = []
+    for kernel in compiled.resources:
+        shared_bytes = kernel.static_shared_bytes + variant.shared_bytes
+        name = f"{program}, {kernel.name}, compute capability {capability}"
+        if kernel.spill_bytes:
+            problems.append(f"{name}: spills {kernel.spill_bytes} bytes")
+        if shared_bytes > MAX_SHARED_BYTES:
+            problems.append(f"{name}: {shared_bytes} bytes of shared memory")
+    return problems
+
+
+def test_every_cuda_file_is_declared_and_every_declaration_has_its_file() -> None:
+    root = Path(oomproof.__file__).parent
+    shipped = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.cu"))
+    declared_paths = sorted(declared.path for declared in declared_sources())
+    assert declared_paths == shipped, (
+        f"a Source for each file, in a module of {source.DECLARED_IN} (kernels/source.py)"
+    )
+    for declared in declared_sources():
+        assert declared.variants, f"{declared.path} declares no variant"
+
+
+@needs_nvrtc
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_every_source_compiles_without_spills_within_shared_memory(
+    capability: tuple[int, int],
+) -> None:
+    problems = [
+        problem
+        for declared in declared_sources()
+        for variant in declared.variants
+        for problem in problems_of(declared, variant, capability)
+    ]
+    assert not problems, "\n".join(problems)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("program", "shared_bytes", "problem"),
+    [
+        (SCALE, MAX_SHARED_BYTES - 256, None),
+        (SCALE, MAX_SHARED_BYTES - 255, "bytes of shared memory"),
+        (SPILL, 0, "spills"),
+    ],
+)
+def test_the_limits_are_seen(
+    program: source.Program,
+    shared_bytes: int,
+    problem: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, text in ((program.name, program.text), *program.headers.items()):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(source, "files", lambda package: tmp_path)
+    source._read.cache_clear()
+    variant = Variant(defines=program.defines, shared_bytes=shared_bytes)
+    declared = Source(
+        path=program.name,
+        headers=tuple(program.headers),
+        variants=(variant,),
+        parameters=(Params,) if program is SCALE else (),
+    )
+    problems = problems_of(declared, variant, (8, 6))
+    source._read.cache_clear()
+    assert [problem is not None and problem in found for found in problems] == (
+        [True] if problem else []
+    )
