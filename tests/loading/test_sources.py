@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from oomproof.errors import CheckpointError, LoadError
 from oomproof.loading import sources
 from oomproof.loading.slices import (
+    DEFAULT_LIMITS,
     Batch,
     Limits,
     Piece,
@@ -26,6 +27,7 @@ from oomproof.loading.slices import (
 )
 from oomproof.loading.sources import Buffers, default_threads, reading
 from oomproof.loading.targets import Pair, Target, pair_with_checkpoint
+from oomproof.memory.native import DEVICE_STAGING_BYTES, TILING_BYTES
 from oomproof.models.spec import CheckpointSpec
 from tests.loading.loads import keep_nothing, reader_threads, write_checkpoint
 
@@ -326,3 +328,7 @@ def test_an_error_of_the_storage_names_the_file(
     monkeypatch.setattr(os, "preadv", fail_late)
     with pytest.raises(CheckpointError, match=r"cannot be read: Input/output error"):
         _receive(tmp_path, pieces, plain_buffers(pieces, 3), 4)
+
+
+def test_slices_on_their_way_leave_room_for_what_tiles_are_made_of() -> None:
+    assert DEFAULT_LIMITS.staging_bytes + TILING_BYTES == DEVICE_STAGING_BYTES

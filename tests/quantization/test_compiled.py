@@ -12,7 +12,7 @@ import torch
 
 from oomproof.quantization import operators
 from oomproof.quantization.handlers import HANDLERS, handler
-from tests.quantization.weights import encode_in_slices, random_input, random_weight
+from tests.quantization.weights import encode_in_slices, random_input, random_weight, tiled_set
 
 triton = pytest.importorskip("triton")
 pytestmark = [
@@ -27,6 +27,7 @@ POINTERS = {
     torch.int8: "*i8",
     torch.int16: "*i16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -93,6 +94,20 @@ def launch_all(dtype: torch.dtype) -> None:
                 handler(name).multiply(x, parts, shape, out, scratch)
 
 
+def launch_tiled(dtype: torch.dtype) -> None:
+    """Every kind of scale, and the copies."""
+    from oomproof.quantization.tiles_triton import copy_tiles
+
+    scratch = torch.empty(1 << 22, dtype=torch.uint8)
+    for name in ("nf4", "nf4-dq", "int4"):
+        for columns in (1024, 1152):
+            parts = handler(name).encode(random_weight((64, columns), dtype))
+            weights = tiled_set(name, [parts, parts], columns, in_turn=True)
+            x, out = random_input(65, columns, dtype), torch.empty(65, 128, dtype=dtype)
+            operators.linear_4bit_tiled(x, *weights.arguments(), out, scratch)
+            copy_tiles(weights.codes[::2], weights.codes[1::2])
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_kernel_compiles_and_fits(capability: int, launches: set[Launch]) -> None:
     from triton.backends.compiler import GPUTarget
@@ -100,6 +115,7 @@ def test_every_kernel_compiles_and_fits(capability: int, launches: set[Launch]) 
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         launch_all(dtype)
+        launch_tiled(dtype)
     assert len(launches) > 50
     for kernel, types, constants, aligned, warps_and_stages in launches:
         place = kernel.arg_names.index

@@ -1,4 +1,4 @@
-"""test_kernels.py in Triton's interpreter, where no GPU is needed."""
+"""Tests of kernels in Triton's interpreter, where no GPU is needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_the_kernels_agree_with_the_references() -> None:
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_tiled_kernels.py"])
+def test_the_kernels_agree_with_the_references(name: str) -> None:
     # In a process of its own: triton reads the variable when it is imported.
     done = subprocess.run(
         [
@@ -21,7 +22,7 @@ def test_the_kernels_agree_with_the_references() -> None:
             "pytest",
             "-q",
             "-x",
-            str(Path(__file__).with_name("test_kernels.py")),
+            str(Path(__file__).with_name(name)),
         ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

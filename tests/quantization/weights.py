@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from oomproof.formats import FORMATS
 from oomproof.quantization.handlers import handler
 from oomproof.quantization.reference import quantize_rows_fp8
+from oomproof.quantization.tiled import Segment, TiledSet
+from oomproof.quantization.tiles import (
+    TILE_ROWS,
+    tile_bytes,
+    tile_codes,
+    tile_scale_rows,
+    tile_scales,
+    tiles_of,
+)
 
 SHAPES = ((64, 64), (96, 160), (8, 1), (1, 1), (3, 21), (65, 63), (33, 192))
 PRODUCT_ERRORS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -82,3 +93,35 @@ def product_error(
         exact = codes.double() * scale.double().unsqueeze(1)
     expected = exact @ handler(format_name).decode(parts, shape, torch.float32).double().t()
     return float((out[:, 16:-16].double() - expected).norm() / expected.norm())
+
+
+def tiled_set(
+    format_name: str, encoded: Sequence[dict[str, torch.Tensor]], columns: int, *, in_turn: bool
+) -> TiledSet:
+    """Weights that were encoded row by row, as one stream of tiles."""
+    codes = [parts["weight"].view(-1, columns // 2) for parts in encoded]
+    name = "scale" if format_name == "int4" else "absmax"
+    scales = [parts[name].view(-1, columns // 64) for parts in encoded]
+    counts = [len(rows) // TILE_ROWS for rows in codes]
+    all_codes = codes[0].new_empty(sum(counts) * tile_bytes(columns))
+    all_scales = scales[0].new_empty(sum(counts) * tile_scales(columns))
+    segments = []
+    for number, (count, parts) in enumerate(zip(counts, encoded, strict=True)):
+        first, stride = (number, len(counts)) if in_turn else (sum(counts[:number]), 1)
+        place = {"count": count, "first": first, "stride": stride}
+        tile_codes(codes[number], tiles_of(all_codes, tile_bytes(columns), **place))
+        tile_scale_rows(scales[number], tiles_of(all_scales, tile_scales(columns), **place))
+        nested = None
+        if format_name.endswith("-dq"):
+            offset = parts["nested_offset"].view(())
+            nested = (parts["nested_absmax"], parts["nested_quant_map"], offset)
+        segments.append(
+            Segment(rows=count * TILE_ROWS, first_tile=first, tile_stride=stride, nested=nested)
+        )
+    return TiledSet(
+        codes=all_codes.view(sum(counts), -1),
+        scales=all_scales.view(sum(counts), -1),
+        quant_map=encoded[0].get("quant_map"),
+        codebook=format_name.removesuffix("-dq"),
+        segments=tuple(segments),
+    )

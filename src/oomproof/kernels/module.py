@@ -67,17 +67,27 @@ class Kernel:
             self._allow(driver, shared_bytes)
 
     def _allow(self, driver: Any, shared_bytes: int) -> None:
-        """Raises what launches on the current device may ask for; above 48 KiB it must be."""
+        """Raises what launches on the current device may ask for; above 48 KiB it must be.
+
+        And asks for the largest share of the first cache as shared memory: a multiprocessor takes a
+        kernel early only where the one that runs has left room, and with kernels of different
+        shares it would drain between them.
+        """
         device = int(_check("cuCtxGetDevice", driver.cuCtxGetDevice()))
         if shared_bytes <= self._shared_bytes.get(device, 0):
             return
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        attributes = driver.CUfunction_attribute
+        share = int(driver.CUshared_carveout.CU_SHAREDMEM_CARVEOUT_MAX_SHARED)
         with _CHANGING:
             allowed = max(shared_bytes, self._shared_bytes.get(device, 0))
-            _check(
-                f"cuKernelSetAttribute({self.name}, {allowed} bytes of shared memory)",
-                driver.cuKernelSetAttribute(attribute, allowed, int(self.function), device),
-            )
+            for attribute, value in (
+                (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, allowed),
+                (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, share),
+            ):
+                _check(
+                    f"cuKernelSetAttribute({self.name}, {allowed} bytes of shared memory)",
+                    driver.cuKernelSetAttribute(attribute, value, int(self.function), device),
+                )
             self._shared_bytes[device] = allowed
 
 

@@ -27,7 +27,7 @@ from functools import cache
 from importlib import import_module
 from importlib.resources import files
 
-DECLARED_IN: tuple[str, ...] = ()
+DECLARED_IN = ("oomproof.quantization.products_tiled", "oomproof.engine.native.attend_cuda")
 """Modules that declare sources. Names, for they are imported by nobody who only plans."""
 
 

@@ -17,7 +17,7 @@ import torch
 from oomproof.errors import LoadError
 from oomproof.formats import ceil_div
 from oomproof.loading.targets import Pair
-from oomproof.memory.native import DEVICE_STAGING_BYTES, PINNED_BYTES
+from oomproof.memory.native import DEVICE_STAGING_BYTES, PINNED_BYTES, TILING_BYTES
 from oomproof.models.spec import CheckpointTensor
 from oomproof.units import MIB, format_bytes, round_up
 
@@ -37,7 +37,8 @@ class Limits:
     slice_bytes: int = 32 * MIB
     """One slice and one batch, unless `Target.rows_multiple` rows are more."""
     pinned_bytes: int = PINNED_BYTES
-    staging_bytes: int = DEVICE_STAGING_BYTES
+    staging_bytes: int = DEVICE_STAGING_BYTES - TILING_BYTES
+    """Of each device; the rest is for targets that hold 4-bit weights in tiles."""
 
 
 DEFAULT_LIMITS = Limits()

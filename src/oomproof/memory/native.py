@@ -25,11 +25,17 @@ _LEAST_SCRATCH_BYTES = 32 * MIB
 PINNED_BYTES = 256 * MIB
 """Page-locked host memory that a checkpoint's bytes pass through."""
 DEVICE_STAGING_BYTES = 192 * MIB
-"""What slices wait in on a device until they are quantized into their place."""
+"""What slices wait in on a device until they are quantized into their place, TILING_BYTES too."""
+TILING_BYTES = 16 * MIB
+"""What lies between a slice of a 4-bit weight and its tiles: row-major codes and scales."""
 DECODE_SPLITS = 16
 """Parts that a decode step's attention to one request is split into at most, side by side."""
 SPLIT_TOKENS = 512
 """Fewest tokens of a part."""
+ATTENTION_BLOCKS = 512
+"""Blocks of threads side by side that a decode step's attention is launched with at most."""
+_BLOCKS_TOGETHER = 8
+"""Of one request and KV head, that meet without passing through memory."""
 STREAMING_BUFFERS = 2
 """Layers in flight where layers are streamed from host memory: one computes, the next travels."""
 
@@ -118,6 +124,21 @@ def decode_splits(context: int) -> int:
     return max(1, min(DECODE_SPLITS, ceil_div(context, SPLIT_TOKENS)))
 
 
+def attention_partials(kv_heads: int, group: int, head_dim: int, requests: int) -> int:
+    """float32 numbers that a decode step's attention leaves for its last block, on any GPU.
+
+    For each block of threads: the weighted values of a KV head's query heads, and for every four of
+    them the largest score and the sum.
+    """
+    blocks = max(ATTENTION_BLOCKS, kv_heads * requests) + kv_heads * requests
+    return blocks * group * head_dim // 4 * 6
+
+
+def attention_counters(kv_heads: int, requests: int) -> int:
+    """int32 numbers by which its blocks know the last of them; 0 between two launches."""
+    return requests * kv_heads * _BLOCKS_TOGETHER
+
+
 def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
     """Every buffer of a device, weights and KV pool aside."""
     tokens, requests = step_tokens(shape), shape.concurrency
@@ -137,7 +158,14 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
     ]
     if shape.has_layers:
         splits = decode_splits(shape.context)
+        kv_heads = share.of(attention.num_key_value_heads, "KV heads")
+        partials = attention_partials(kv_heads, heads // kv_heads, head_dim, requests)
         buffers += [
+            # The hidden states of a decode step are updated from one into the other.
+            Buffer(name="hidden_next", shape=(requests, hidden), dtype=compute),
+            Buffer(
+                name="counters", shape=(attention_counters(kv_heads, requests),), dtype=DType.INT32
+            ),
             *(
                 Buffer(
                     name=f"pages.{window}",
@@ -163,6 +191,7 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
                 dtype=DType.FLOAT32,
                 phase="attention",
             ),
+            Buffer(name="step_partials", shape=(partials,), dtype=DType.FLOAT32, phase="attention"),
             Buffer(
                 name="gate_up",
                 shape=(tokens, 2 * width),

@@ -12,11 +12,14 @@ scratch.least_scratch_bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
 from oomproof.quantization import reference
 from oomproof.quantization.library import on_cuda, operator, writes_where_told
+from oomproof.quantization.tiled import TiledSet
 
 
 @operator("oomproof::quantize_4bit", mutates_args=())
@@ -227,6 +230,36 @@ def linear_int4(
     reference.linear_int4(x, codes, scale, out)
 
 
+@operator("oomproof::linear_4bit_tiled", mutates_args=("out", "scratch"))
+def linear_4bit_tiled(  # noqa: PLR0913, PLR0917 - a set's tensors
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    quant_map: torch.Tensor | None,
+    codebook: str,
+    nested: Sequence[torch.Tensor],
+    segments: Sequence[int],
+    out: torch.Tensor,
+    scratch: torch.Tensor,  # noqa: ARG001
+) -> None:
+    """The product with a set of linears in any format of 4 bits, in tiles.
+
+    Args:
+        x: [tokens, columns].
+        codes: As the following five, of TiledSet.arguments.
+        scales: Of all tiles.
+        quant_map: None for int4.
+        codebook: "nf4", "fp4" or "int4".
+        nested: Three tensors a linear, or none.
+        segments: Three numbers a linear.
+        out: [tokens, rows of all linears], in the type of x.
+        scratch: uint8.
+    """
+    reference.linear_4bit_tiled(
+        x, TiledSet.of(codes, scales, quant_map, codebook, nested, segments), out
+    )
+
+
 @operator("oomproof::linear_int8", mutates_args=("out", "scratch"))
 def linear_int8(
     x: torch.Tensor,
@@ -259,6 +292,7 @@ for _operator, _module, _function in (
     (linear_4bit, "products_cuda", "linear_4bit"),
     (linear_4bit_dq, "products_cuda", "linear_4bit_dq"),
     (linear_int4, "products_cuda", "linear_int4"),
+    (linear_4bit_tiled, "products_cuda", "linear_4bit_tiled"),
     (linear_int8, "products_cuda", "linear_int8"),
     (linear_fp8, "products_cuda", "linear_fp8"),
 ):

@@ -6,11 +6,12 @@ quantized inputs and partial sums lie in the scratch that is handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from oomproof.formats import BLOCK_SIZE, ceil_div
+from oomproof.quantization import products_tiled
 from oomproof.quantization.dequantize_triton import (
     FP8_FACTOR,
     INT8_FACTOR,
@@ -22,6 +23,8 @@ from oomproof.quantization.dequantize_triton import (
 from oomproof.quantization.products_triton import FEW_TOKENS, product_4bit, product_8bit
 from oomproof.quantization.quantize_triton import quantize_rows_out
 from oomproof.quantization.scratch import ALIGNMENT, aligned
+from oomproof.quantization.tiled import TiledSet
+from oomproof.quantization.tiles_triton import dequantize_tiled
 
 _ROW_UNIT = 128
 """Slices are multiples of it, so that the tiles of a matrix product are whole."""
@@ -106,6 +109,31 @@ def linear_int4(
 ) -> None:
     """See operators.linear_int4."""
     _four_bits(x, FourBits(codes=codes, scales=scale), out, scratch)
+
+
+def linear_4bit_tiled(  # noqa: PLR0913, PLR0917 - a set's tensors
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    quant_map: torch.Tensor | None,
+    codebook: str,
+    nested: Sequence[torch.Tensor],
+    segments: Sequence[int],
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """See operators.linear_4bit_tiled."""
+    weights = TiledSet.of(codes, scales, quant_map, codebook, nested, segments)
+    if products_tiled.supports(x, weights, scratch.nbytes):
+        products_tiled.multiply(x, weights, out, scratch)
+        return
+
+    def dequantize(first: int, end: int, into: torch.Tensor) -> None:
+        for segment, a, b, place in weights.pieces(first, end):
+            dequantize_tiled(weights, segment, a, into[place : place + b - a])
+
+    for _ in _slice_after_slice(x, dequantize, out, _Scratch(scratch)):
+        pass
 
 
 def linear_int8(

@@ -12,6 +12,8 @@ import torch
 
 from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
 from oomproof.quantization.tables import table_dynamic, thresholds_4bit
+from oomproof.quantization.tiled import Segment, TiledSet, tiles_of_rows
+from oomproof.quantization.tiles import TILE_ROWS, untile_codes, untile_scale_rows
 
 TINY = 1e-38
 INT8_MAX = 127
@@ -149,6 +151,37 @@ def linear_int4(
         return dequantize_int4(packed, scale[first:end], (end - first, columns), x.dtype)
 
     _slice_after_slice(x, weight, out)
+
+
+def dequantize_tiled(
+    weights: TiledSet, segment: Segment, first: int, end: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows first … end - 1 of a linear, whole tiles: [end - first, columns]."""
+    shape = (end - first, weights.columns)
+    codes = weights.codes.new_empty(shape[0], weights.columns // 2)
+    untile_codes(tiles_of_rows(weights.codes, segment, first, end), codes)
+    scales = weights.scales.new_empty(shape[0], weights.blocks)
+    untile_scale_rows(tiles_of_rows(weights.scales, segment, first, end), scales)
+    if weights.quant_map is None:
+        return dequantize_int4(codes.view(-1), scales, shape, dtype)
+    absmax = scales.view(-1)
+    if segment.nested is not None:
+        nested_absmax, nested_quant_map, offset = segment.nested
+        block = torch.arange(absmax.numel(), device=absmax.device) + first * weights.blocks
+        outer = nested_absmax[block // NESTED_BLOCK_SIZE]
+        absmax = nested_quant_map[absmax.int()] * outer + offset
+    return dequantize_4bit(codes.view(-1), absmax, weights.quant_map, shape, dtype)
+
+
+def linear_4bit_tiled(x: torch.Tensor, weights: TiledSet, out: torch.Tensor) -> None:
+    """See operators.linear_4bit_tiled."""
+    begin = 0
+    for segment in weights.segments:
+        tiles = slices_of(segment.rows // TILE_ROWS, TILE_ROWS * weights.columns)
+        for first, end in ((TILE_ROWS * a, TILE_ROWS * b) for a, b in tiles):
+            weight = dequantize_tiled(weights, segment, first, end, x.dtype)
+            out[:, begin + first : begin + end] = torch.mm(x, weight.t())
+        begin += segment.rows
 
 
 def linear_int8(

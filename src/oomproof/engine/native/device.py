@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from oomproof.engine.native.arena import Arena
 from oomproof.engine.native.kv_pool import KVPool
+from oomproof.engine.native.layout import Block, lay_out_block
 from oomproof.engine.native.rotary import fill_rotary
 from oomproof.engine.native.sampler import Sampler
-from oomproof.engine.native.stage import Arena, Embedding, FinalNorm, Head, Layers
+from oomproof.engine.native.stage import Embedding, FinalNorm, Head, Layers
 from oomproof.engine.native.streaming import LayerStream
-from oomproof.engine.native.weights import (
-    Block,
-    LayerWeights,
-    Parameter,
-    lay_out_block,
-)
+from oomproof.engine.native.weights import LayerWeights, Parameter
 from oomproof.errors import NotRunnableError, PlanMismatchError
 from oomproof.formats import DType, get_format
 from oomproof.loading.targets import Target
@@ -28,7 +25,6 @@ from oomproof.memory.weights import StoredTensor, stored
 from oomproof.models.forward import ForwardSpec
 from oomproof.models.spec import ModelSpec, Role, TensorSpec
 from oomproof.planning.plan import DevicePlan, Plan
-from oomproof.quantization.handlers import handler
 
 
 class NativeDevice:
@@ -68,7 +64,7 @@ class NativeDevice:
         self.stream = torch.cuda.Stream(device=self.device) if self.device.type == "cuda" else None
         self._plan, self._spec, self._forward = plan, spec, forward
         self._compute_dtype = DType(plan.compute_dtype)
-        self._blocks = _blocks(plan, spec)
+        self._blocks = _blocks(plan, spec, tiled=planned.kind == "cuda")
         streamed = planned.streamed_layers
         self._arena: Arena | None = None
         self.pool: KVPool | None = None
@@ -122,10 +118,9 @@ class NativeDevice:
     def workspace_numel(self) -> int:
         """float32 elements that quantizing needs while loading, at most."""
         sizes = [
-            handler(placed.format).workspace_numel((placed.spec.shape[0], placed.spec.shape[1]))
+            placed.workspace_numel
             for unit in _units(self.planned, self._spec)
             for placed in self._blocks[unit].placed
-            if placed.held.quantized
         ]
         return max(sizes, default=0)
 
@@ -258,7 +253,7 @@ class NativeDevice:
             )
 
 
-def _blocks(plan: Plan, spec: ModelSpec) -> Sequence[Block]:
+def _blocks(plan: Plan, spec: ModelSpec, *, tiled: bool) -> Sequence[Block]:
     """What each unit of the model holds."""
     weight_format, compute_dtype = get_format(plan.format), DType(plan.compute_dtype)
     roles = QUANTIZED_ROLES[plan.engine]
@@ -268,7 +263,7 @@ def _blocks(plan: Plan, spec: ModelSpec) -> Sequence[Block]:
     for tensor in spec.tensors:
         held = stored(tensor, weight_format, compute_dtype, roles)
         units[unit_of(tensor, spec)].append((tensor, held))
-    return [lay_out_block(unit, plan.format) for unit in units]
+    return [lay_out_block(unit, plan.format, tiled=tiled) for unit in units]
 
 
 def _too_large(planned: DevicePlan, weights_bytes: int) -> str:

@@ -74,6 +74,8 @@ class KVPool:
         share: Share = WHOLE,
     ) -> None:
         first, last = layers
+        self.first = first
+        """Index of its first layer."""
         attention = spec.attention[first : last + 1]
         self.tables = tables
         sizes = [

@@ -23,6 +23,14 @@ from oomproof.units import MIB
 
 _HEAD = "lm_head.weight"
 _COMPARED_BYTES = 16 * MIB
+_SCALES = {
+    # Format of 4 bits → type of its stored scales.
+    "nf4": torch.float32,
+    "nf4-dq": torch.uint8,
+    "fp4": torch.float32,
+    "fp4-dq": torch.uint8,
+    "int4": torch.bfloat16,
+}
 
 Fill = Callable[[Sequence[Target]], LoadReport]
 """Brings every target its tensor."""
@@ -142,7 +150,10 @@ def _start(
     devices: list[NativeDevice] = []
     first = plan.devices_in_use[0]
     on_gpu = first.kind == "cuda"
-    warming = start_warming(torch.device("cuda", first.index) if on_gpu else torch.device("cpu"))
+    warming = start_warming(
+        torch.device("cuda", first.index) if on_gpu else torch.device("cpu"),
+        lambda: _prepare_products(plan),
+    )
     with torch.inference_mode():
         meter.devices = devices
         for planned in plan.devices_in_use:
@@ -171,6 +182,18 @@ def _start(
             device.allocate_pools()
         meter.pools_allocated()
     return NativeEngine(devices, plan, spec, meter)
+
+
+def _prepare_products(plan: Plan) -> None:
+    """Kernels for products of a few tokens, on every GPU: none is compiled after loading."""
+    held = _SCALES.get(plan.format)
+    if held is None:
+        return
+    from oomproof.quantization.products_tiled import prepare
+
+    for planned in plan.devices_in_use:
+        device = torch.device("cuda", planned.index)
+        prepare(getattr(torch, plan.compute_dtype), held, device)
 
 
 def versions() -> str:

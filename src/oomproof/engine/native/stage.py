@@ -10,37 +10,17 @@ from collections.abc import Callable
 
 import torch
 
+from oomproof.engine.native.arena import Arena
 from oomproof.engine.native.kv_pool import KVPool
+from oomproof.engine.native.linears import StepNorm, TiledLinears
 from oomproof.engine.native.operators import add_rms_norm, attend, rotate_and_store, silu_mul
-from oomproof.engine.native.weights import LayerWeights
-from oomproof.memory.arena import Layout
+from oomproof.engine.native.step import step_attention
+from oomproof.engine.native.weights import LayerWeights, StepProducts
 from oomproof.models.forward import ForwardSpec
+from oomproof.quantization.tiled_launch import MAX_TOKENS
 
 LayerSource = Callable[[int], LayerWeights]
 """Layer index → its weights, on the device when the stream gets there."""
-
-
-class Arena:
-    """The buffers of a layout, carved from one allocation.
-
-    Args:
-        layout: What lies where.
-        device: Where it lives.
-    """
-
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.layout = layout
-        self.memory = torch.zeros(layout.size_bytes, dtype=torch.uint8, device=device)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.layout.buffers
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """The buffer of that name, in its shape."""
-        buffer, offset = self.layout.buffers[name], self.layout.offsets[name]
-        dtype: torch.dtype = getattr(torch, buffer.dtype)
-        raw = self.memory[offset : offset + buffer.size_bytes]
-        return raw.view(dtype).view(buffer.shape)
 
 
 class Layers:
@@ -76,6 +56,8 @@ class Layers:
         self._partials, self._rotary = arena["partials"], arena["rotary"]
         self._inputs = arena["inputs"]
         self._scratch = arena["scratch"]
+        self._hidden_next = arena["hidden_next"]
+        self._step_attention = step_attention(arena, pool, forward)
 
     def run(self, rows: int, *, one_request: bool, most_layers: int | None = None) -> None:
         """Every layer over the first `rows` rows of the hidden states.
@@ -87,29 +69,102 @@ class Layers:
         """
         count = self._last - self._first + 1
         end = self._first + min(count, most_layers or count)
-        hidden, normed = self._hidden[:rows], self._normed[:rows]
-        eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
+        normed = self._normed[:rows]
+        # The hidden states, and where fused products put the updated ones: they change places.
+        states = [self._hidden[:rows], self._hidden_next[:rows]]
         adds = False
         for index in range(self._first, end):
             weights = self._weights(index)
-            add_rms_norm(hidden, normed, weights.input_norm, eps, multiplier, adds)
-            self._attention(weights, index, rows, one_request=one_request)
-            add_rms_norm(hidden, normed, weights.post_norm, eps, multiplier, True)
-            self._mlp(weights, rows)
+            if not one_request and rows <= MAX_TOKENS and weights.step is not None:
+                self._step(weights, weights.step, index, states, adds=adds)
+            else:
+                self._parts(weights, index, states[0], one_request=one_request, adds=adds)
             self._done(index)
             adds = True
         # The last update is added where the hidden states go: no norm here is the next layer's.
-        hidden.add_(normed, alpha=multiplier)
+        multiplier = self._forward.residual_multiplier
+        torch.add(states[0], normed, alpha=multiplier, out=self._hidden[:rows])
 
-    def _attention(
-        self, weights: LayerWeights, index: int, rows: int, *, one_request: bool
+    def _step(
+        self,
+        weights: LayerWeights,
+        products: StepProducts,
+        index: int,
+        states: list[torch.Tensor],
+        *,
+        adds: bool,
     ) -> None:
-        normed, qkv, attended = self._normed[:rows], self._qkv[:rows], self._attended[:rows]
+        """A layer of a decode step whose products are fused with what lies between them."""
+        rows = len(states[0])
+        normed, attended = self._normed[:rows], self._attended[:rows]
+        qkv, gated = self._qkv[:rows], self._gated[:rows]
+        self._step_product(products.qkv, weights.input_norm, states, qkv, adds=adds)
+        self._attend(weights, index, rows, one_request=False)
+        products.o.step(attended, normed, self._scratch)
+        self._step_product(
+            products.gate_up, weights.post_norm, states, gated, adds=True, gated=True
+        )
+        products.down.step(gated, normed, self._scratch)
+
+    def _step_product(
+        self,
+        product: TiledLinears,
+        norm_weight: torch.Tensor,
+        states: list[torch.Tensor],
+        out: torch.Tensor,
+        *,
+        adds: bool,
+        gated: bool = False,
+    ) -> None:
+        """Updates the hidden states and multiplies them, normalised."""
+        normed = self._normed[: len(out)]
+        eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
+        if not product.normalises(len(out)):
+            add_rms_norm(states[0], normed, norm_weight, eps, multiplier, adds)
+            product.step(normed, out, self._scratch, gated=gated)
+            return
+        norm = StepNorm(
+            update=normed if adds else None,
+            weight=norm_weight,
+            hidden_out=states[1],
+            eps=eps,
+            multiplier=multiplier,
+        )
+        product.step(states[0], out, self._scratch, norm=norm, gated=gated)
+        states.reverse()
+
+    def _parts(
+        self,
+        weights: LayerWeights,
+        index: int,
+        hidden: torch.Tensor,
+        *,
+        one_request: bool,
+        adds: bool,
+    ) -> None:
+        """A layer, operator after operator."""
+        rows = len(hidden)
+        normed, attended = self._normed[:rows], self._attended[:rows]
+        eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
+        add_rms_norm(hidden, normed, weights.input_norm, eps, multiplier, adds)
+        weights.qkv.multiply(normed, self._qkv[:rows], self._scratch)
+        self._attend(weights, index, rows, one_request=one_request)
+        weights.o.multiply(attended, normed, self._scratch)
+        add_rms_norm(hidden, normed, weights.post_norm, eps, multiplier, True)
+        gate_up, gated = self._gate_up[:rows], self._gated[:rows]
+        weights.gate_up.multiply(normed, gate_up, self._scratch)
+        silu_mul(gate_up, gated)
+        weights.down.multiply(gated, normed, self._scratch)
+
+    def _attend(self, weights: LayerWeights, index: int, rows: int, *, one_request: bool) -> None:
+        if not one_request and self._step_attention is not None:
+            self._step_attention.run(index, rows, weights.q_norm, weights.k_norm)
+            return
+        qkv, attended = self._qkv[:rows], self._attended[:rows]
         _, positions, slots = (row[:rows] for row in self._inputs)
         keys, values = self._pool.layer(index)
         window = self._pool.window(index)
         pages = self._pool.tables[window]
-        weights.qkv.multiply(normed, qkv, self._scratch)
         rotate_and_store(
             qkv,
             self._rotary,
@@ -135,13 +190,6 @@ class Layers:
             window,
             one_request,
         )
-        weights.o.multiply(attended, normed, self._scratch)
-
-    def _mlp(self, weights: LayerWeights, rows: int) -> None:
-        normed, gate_up, gated = self._normed[:rows], self._gate_up[:rows], self._gated[:rows]
-        weights.gate_up.multiply(normed, gate_up, self._scratch)
-        silu_mul(gate_up, gated)
-        weights.down.multiply(gated, normed, self._scratch)
 
 
 class Embedding:

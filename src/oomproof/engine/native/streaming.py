@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from oomproof.engine.native.weights import Block, LayerWeights
+from oomproof.engine.native.layout import Block
+from oomproof.engine.native.weights import LayerWeights
 from oomproof.memory.native import STREAMING_BUFFERS
 
 

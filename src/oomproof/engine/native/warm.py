@@ -48,11 +48,15 @@ class Warming:
             self._error = error
 
 
-def start_warming(device: torch.device) -> Warming | None:
+def start_warming(device: torch.device, also: Callable[[], None] = lambda: None) -> Warming | None:
     """Begins on a GPU; join it before the first kernel is launched. None on a processor.
 
     A process's first Triton kernel imports the compiler and makes a digest of its files, under
     which compiled kernels are cached: together half a second.
+
+    Args:
+        device: The first GPU.
+        also: What else to bring in.
 
     Raises:
         MissingDependencyError: Triton is not installed.
@@ -61,10 +65,10 @@ def start_warming(device: torch.device) -> Warming | None:
         return None
     if find_spec("triton") is None:
         raise MissingDependencyError("triton", install="pip install 'oomproof[run]'")
-    return Warming(lambda: _launch_first(device))
+    return Warming(lambda: _launch_first(device, also))
 
 
-def _launch_first(device: torch.device) -> None:
+def _launch_first(device: torch.device, also: Callable[[], None]) -> None:
     from oomproof.engine.native import kernels_triton
     from oomproof.loading import finite_triton  # noqa: F401 - imports are part of the wait
     from oomproof.quantization import products_cuda  # noqa: F401
@@ -75,3 +79,4 @@ def _launch_first(device: torch.device) -> None:
         # cuBLAS makes its handle at the first product.
         torch.mm(gate_up.t(), gate_up)
         torch.cuda.synchronize(device)
+    also()

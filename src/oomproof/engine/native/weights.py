@@ -1,64 +1,30 @@
 """A device's weights: views of one arena, in the plan's formats, and the targets that fill them.
 
-What a layer holds is laid out once, as offsets; a view of them on any memory is a layer. So a layer
-that is streamed from host memory is the same offsets on a buffer that its bytes travel to.
+What a layer holds is laid out once (layout.py), as offsets; a view of them on any memory is a
+layer. So a layer that is streamed from host memory is the same offsets on a buffer that its bytes
+travel to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from math import gcd
 
 import torch
 
+from oomproof.engine.native.layout import GATE_UP, QKV, Block, Placed, name_in_layer
+from oomproof.engine.native.linears import Linear, Projection, TiledLinears, fused
 from oomproof.formats import DType
 from oomproof.loading.targets import Target
-from oomproof.memory.arena import ALIGNMENT_BYTES
-from oomproof.memory.weights import StoredTensor
-from oomproof.models.spec import Role, TensorSpec
 from oomproof.quantization.handlers import Handler, handler
-from oomproof.units import round_up
+from oomproof.quantization.tiled import Nested, Segment, TiledSet
+from oomproof.quantization.tiled_writer import CODES, SCALES, TILED_COMPONENTS, TiledWriter
+from oomproof.quantization.tiles import TILE_ROWS, tiles_of
 
 _BLOCK_ELEMENTS = 128
 """Slices of a 4-bit weight begin at whole blocks and whole bytes: multiples of this."""
-_PLAIN = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placed:
-    """A parameter and where its tensors lie, in bytes from the beginning of its block."""
-
-    spec: TensorSpec
-    held: StoredTensor
-    format: str
-    """Of its weight: the plan's format, or the compute dtype's where it is not quantized."""
-    offsets: tuple[int, ...]
-    """One for each of held.components."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
-    """Parameters that lie together: a layer, or the embedding, or norm and head."""
-
-    placed: tuple[Placed, ...]
-    size_bytes: int
-
-
-def lay_out_block(tensors: Iterable[tuple[TensorSpec, StoredTensor]], format_name: str) -> Block:
-    """Weights one after the other, then what is small: neighbours can be multiplied as one."""
-    ordered = sorted(tensors, key=lambda pair: pair[0].role is not Role.LINEAR)
-    placed, offset = [], 0
-    for spec, held in ordered:
-        offsets = []
-        for component in held.components:
-            offsets.append(offset)
-            offset += round_up(component.size_bytes, ALIGNMENT_BYTES)
-        own_format = format_name if held.quantized else _PLAIN[held.dtype]
-        placed.append(Placed(spec=spec, held=held, format=own_format, offsets=tuple(offsets)))
-    return Block(placed=tuple(placed), size_bytes=offset)
 
 
 class Parameter:
@@ -71,21 +37,25 @@ class Parameter:
         self.handler: Handler = handler(placed.format)
         self.shape = placed.spec.shape
         self.parts: dict[str, torch.Tensor] = {}
+        """Flat; what is in tiles is [tiles, elements of a tile], each tile contiguous."""
+        tiling, tiles = placed.tiling, self.shape[0] // TILE_ROWS if placed.tiling else 1
         for component, offset in zip(placed.held.components, placed.offsets, strict=True):
             dtype: torch.dtype = getattr(torch, component.dtype)
-            raw = memory[offset : offset + component.size_bytes]
-            self.parts[component.name] = raw.view(dtype)
+            if tiling is None or component.name not in TILED_COMPONENTS:
+                raw = memory[offset : offset + component.size_bytes]
+                self.parts[component.name] = raw.view(dtype)
+                continue
+            tile_bytes = component.size_bytes // tiles
+            turns = (tiles - 1) * tiling.tile_stride + 1
+            raw = memory[offset : offset + turns * tile_bytes].view(dtype)
+            self.parts[component.name] = tiles_of(
+                raw, tile_bytes // dtype.itemsize, tiles, stride=tiling.tile_stride
+            )
 
     @property
     def tensor(self) -> torch.Tensor:
         """The parameter itself, where it is not quantized."""
         return self.parts["weight"].view(self.shape)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """[rows, columns]."""
-        rows, columns = self.shape
-        return rows, columns
 
     def target(
         self,
@@ -113,29 +83,34 @@ class Parameter:
                 store=partial(_store_plain, final),
                 place=None if made_up and copy_to is not None else final,
             )
-        shape = self.matrix_shape
-        rows_multiple = (
-            _BLOCK_ELEMENTS // gcd(_BLOCK_ELEMENTS, shape[1])
-            if self.placed.held.dtype is DType.UINT8
-            else 1
-        )
+        shape = self.placed.matrix_shape
 
-        def store(source: torch.Tensor, first_row: int) -> None:
-            self.handler.encode_slice(source, self.parts, first_row, shape, workspace)
+        if self.placed.tiling is not None:
+            writer = TiledWriter(self.handler, self.parts, shape, workspace)
+            store, finish, rows_multiple = writer.encode_slice, writer.finish, TILE_ROWS
+        else:
+            store = partial(self._store, workspace)
+            finish = partial(self.handler.finish, self.parts, shape, workspace)
+            is_4bit = self.placed.held.dtype is DType.UINT8
+            rows_multiple = _BLOCK_ELEMENTS // gcd(_BLOCK_ELEMENTS, shape[1]) if is_4bit else 1
 
-        def finish() -> None:
-            self.handler.finish(self.parts, shape, workspace)
+        def finish_and_copy() -> None:
+            finish()
             for name, part in self.parts.items() if copy_to is not None else ():
-                copy_to[name].copy_(part, non_blocking=True)  # type: ignore[index]
+                _copy_part(part, copy_to[name])  # type: ignore[index]
 
         return Target(
             name=spec.name,
             shape=self.shape,
             device=self.parts["weight"].device,
             store=store,
-            finish=finish,
+            finish=finish_and_copy,
             rows_multiple=rows_multiple,
         )
+
+    def _store(self, workspace: torch.Tensor, source: torch.Tensor, first_row: int) -> None:
+        shape = self.placed.matrix_shape
+        self.handler.encode_slice(source, self.parts, first_row, shape, workspace)
 
 
 def _store_plain(final: torch.Tensor, values: torch.Tensor, first_row: int) -> None:
@@ -145,107 +120,129 @@ def _store_plain(final: torch.Tensor, values: torch.Tensor, first_row: int) -> N
     final[first_row : first_row + len(values)].copy_(values, non_blocking=True)
 
 
+def _copy_part(part: torch.Tensor, home: torch.Tensor) -> None:
+    """To page-locked memory of the same shape and strides."""
+    if part.is_contiguous() or not part.is_cuda:
+        home.copy_(part, non_blocking=True)
+        return
+    from oomproof.quantization.tiles_triton import copy_tiles
+
+    copy_tiles(part, home)
+
+
+def projection(weights: Sequence[Parameter], biases: Sequence[Parameter | None]) -> Projection:
+    """The product of an input with weights, with as few kernels as the places allow."""
+    added = [None if bias is None else bias.tensor for bias in biases]
+    first = weights[0].placed.tiling
+    rows = sum(weight.shape[0] for weight in weights)
+    if first is not None and first.tiles * TILE_ROWS == rows:
+        return Projection([TiledLinears(tiled_set(weights), added)])
+    if all(weight.placed.tiling is None for weight in weights):
+        return Projection(fused(list(map(_linear, weights, added))))
+    return Projection(
+        [
+            _linear(weight, bias)
+            if weight.placed.tiling is None
+            else TiledLinears(tiled_set([weight]), [bias])
+            for weight, bias in zip(weights, added, strict=True)
+        ]
+    )
+
+
+def tiled_set(weights: Sequence[Parameter]) -> TiledSet:
+    """All linears of one stream, in its order."""
+    scales = next(name for name in weights[0].parts if name in SCALES)
+    return TiledSet(
+        codes=_stream(weights[0], CODES),
+        scales=_stream(weights[0], scales),
+        quant_map=weights[0].parts.get("quant_map"),
+        codebook=weights[0].placed.format.removesuffix("-dq"),
+        segments=tuple(_segment(weight) for weight in weights),
+    )
+
+
+def _stream(first: Parameter, name: str) -> torch.Tensor:
+    """The tiles of a stream whose first linear it is: [tiles, elements of a tile]."""
+    tiling = first.placed.tiling
+    assert tiling is not None
+    assert tiling.first_tile == 0
+    part = first.parts[name]
+    return part.as_strided((tiling.tiles, part.shape[1]), (part.shape[1], 1))
+
+
+def _segment(weight: Parameter) -> Segment:
+    tiling, parts = weight.placed.tiling, weight.parts
+    assert tiling is not None
+    nested: Nested | None = None
+    if "nested_absmax" in parts:
+        offset = parts["nested_offset"].view(())
+        nested = (parts["nested_absmax"], parts["nested_quant_map"], offset)
+    return Segment(
+        rows=weight.shape[0],
+        first_tile=tiling.first_tile,
+        tile_stride=tiling.tile_stride,
+        nested=nested,
+    )
+
+
+def _linear(weight: Parameter, bias: torch.Tensor | None) -> Linear:
+    shape = weight.placed.matrix_shape
+    return Linear(handler=weight.handler, parts=weight.parts, shape=shape, bias=bias)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Linear:
-    """A product with a weight in its format, or with several neighbours at once."""
+class StepProducts:
+    """A layer's products as decode steps compute them, fused with what lies between."""
 
-    handler: Handler
-    parts: Mapping[str, torch.Tensor]
-    shape: tuple[int, int]
-    """[rows, columns]."""
-    bias: torch.Tensor | None
-
-    @classmethod
-    def of(cls, weight: Parameter, bias: Parameter | None) -> Linear:
-        """The product with a parameter."""
-        return cls(
-            handler=weight.handler,
-            parts=weight.parts,
-            shape=weight.matrix_shape,
-            bias=None if bias is None else bias.tensor,
-        )
-
-    def multiply(self, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
-        """[tokens, columns] → out [tokens, rows]."""
-        self.handler.multiply(x, self.parts, self.shape, out, scratch)
-        if self.bias is not None:
-            out.add_(self.bias)
-
-
-class Projection:
-    """Linears that share an input; their results lie side by side."""
-
-    __slots__ = ("linears",)
-
-    def __init__(self, linears: Sequence[Linear]) -> None:
-        self.linears = _fused(linears)
-
-    def multiply(self, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
-        """[tokens, columns] → out [tokens, sum of rows]."""
-        first = 0
-        for linear in self.linears:
-            rows, _ = linear.shape
-            linear.multiply(x, out[:, first : first + rows], scratch)
-            first += rows
-
-
-def _fused(linears: Sequence[Linear]) -> tuple[Linear, ...]:
-    """One linear in place of unquantized ones whose weights are neighbours in memory."""
-    first, *rest = linears
-    weights = [linear.parts["weight"] for linear in linears]
-    biases = [linear.bias for linear in linears]
-    if not rest or tuple(first.parts) != ("weight",) or not weights[0].is_floating_point():
-        return tuple(linears)
-    if any(bias is not None for bias in biases) and not _neighbours(biases):
-        return tuple(linears)
-    if not _neighbours(weights):
-        return tuple(linears)
-    rows, columns = sum(linear.shape[0] for linear in linears), first.shape[1]
-    whole = replace(
-        first,
-        parts={"weight": _extended(weights[0], rows * columns)},
-        shape=(rows, columns),
-        bias=None if biases[0] is None else _extended(biases[0], rows),
-    )
-    return (whole,)
-
-
-def _neighbours(tensors: Sequence[torch.Tensor | None]) -> bool:
-    if any(tensor is None for tensor in tensors):
-        return False
-    known = [tensor for tensor in tensors if tensor is not None]
-    return all(
-        one.data_ptr() + one.nbytes == following.data_ptr() for one, following in pairwise(known)
-    )
-
-
-def _extended(tensor: torch.Tensor, numel: int) -> torch.Tensor:
-    """A view of the same memory that goes on beyond the tensor's end."""
-    return tensor.as_strided((numel,), (1,))
+    qkv: TiledLinears
+    o: TiledLinears
+    gate_up: TiledLinears
+    down: TiledLinears
 
 
 class LayerWeights:
     """The parameters of one decoder layer, by what they are for."""
 
-    __slots__ = ("down", "gate_up", "input_norm", "k_norm", "o", "post_norm", "q_norm", "qkv")
+    __slots__ = (
+        "down",
+        "gate_up",
+        "input_norm",
+        "k_norm",
+        "o",
+        "post_norm",
+        "q_norm",
+        "qkv",
+        "step",
+    )
 
     def __init__(self, block: Block, memory: torch.Tensor) -> None:
-        found = {
-            placed.spec.name.split(".layers.", 1)[1].split(".", 1)[1]: Parameter(placed, memory)
-            for placed in block.placed
-        }
+        found = {name_in_layer(placed.spec): Parameter(placed, memory) for placed in block.placed}
 
-        def linear(name: str) -> Linear:
-            return Linear.of(found[f"{name}.weight"], found.get(f"{name}.bias"))
+        def linears(*names: str) -> Projection:
+            return projection(
+                [found[f"{name}.weight"] for name in names],
+                [found.get(f"{name}.bias") for name in names],
+            )
 
         def norm(name: str) -> torch.Tensor | None:
             return found[name].tensor if name in found else None
 
-        self.qkv = Projection([linear(f"self_attn.{name}_proj") for name in "qkv"])
-        self.o = linear("self_attn.o_proj")
-        self.gate_up = Projection([linear("mlp.gate_proj"), linear("mlp.up_proj")])
-        self.down = linear("mlp.down_proj")
+        self.qkv = linears(*QKV)
+        self.o = linears("self_attn.o_proj")
+        self.gate_up = linears(*GATE_UP)
+        self.down = linears("mlp.down_proj")
         self.input_norm = found["input_layernorm.weight"].tensor
         self.post_norm = found["post_attention_layernorm.weight"].tensor
         self.q_norm = norm("self_attn.q_norm.weight")
         self.k_norm = norm("self_attn.k_norm.weight")
+        self.step = self._step_products()
+        """None where a product is not one stream of tiles, or the type has no kernel."""
+
+    def _step_products(self) -> StepProducts | None:
+        tiled = [part.tiled for part in (self.qkv, self.o, self.gate_up, self.down)]
+        found = [part for part in tiled if part is not None and part.has_step]
+        in_16_bits = self.input_norm.dtype in {torch.bfloat16, torch.float16}
+        if len(found) < len(tiled) or not (self.input_norm.is_cuda and in_16_bits):
+            return None
+        qkv, o, gate_up, down = found
+        return StepProducts(qkv=qkv, o=o, gate_up=gate_up, down=down)

@@ -69,7 +69,9 @@ __device__ __forceinline__ void copy_async(void* target, const void* source, uin
 }
 
 // Closes a group of copies.
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Until at most `groups` of this thread's groups are on their way.
 template <int groups>
@@ -197,7 +199,7 @@ __device__ __forceinline__ void multiply_add(
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// -- Numbers ---------------------------------------------------------------------------------------
+// -- Numbers -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
