@@ -1,4 +1,7 @@
-"""Where oomproof keeps its own files: what rehearsals measured, kernels that were compiled."""
+"""Where oomproof keeps its own files.
+
+What rehearsals measured, kernels that were compiled, launches that tuning found.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ load(plan or model, …)     → Model, which answers prompts
 from_pretrained(model, …)  → an ordinary transformers model, placed by a plan
 rehearse(plan or model, …) → Rehearsal: the plan at full size, with random weights
 bench(plan or model, …)    → BenchReport: its speed against the machine's limits, and a peer's
+tune(plan or model, …)     → TuningReport: the fastest launches of its products here, kept
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ from oomproof.planning.plan import Plan
 from oomproof.planning.request import Offload, PlanRequest
 from oomproof.planning.search import make_plan
 from oomproof.planning.spelled import read_bytes, read_count, read_limits, read_tokens
-from oomproof.starting import Contract, import_engine, rehearsable, start_engine, start_timed
+from oomproof.starting import (
+    Contract,
+    import_engine,
+    rehearsable,
+    start_engine,
+    start_timed,
+    tune_launches,
+)
 from oomproof.units import format_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
     from oomproof.engine.model import Model
     from oomproof.engine.rehearsal import Rung
     from oomproof.engine.rehearse import Rehearsal
+    from oomproof.engine.tune import Told, TuningReport
     from oomproof.planning.handoffs.handoff import HandOff
 
 RUN_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "jinja2")
@@ -383,6 +392,38 @@ def bench(
         return run_bench(contenders, contracts[0].spec, requests, contexts, told=told)
     finally:
         release_devices(own)
+
+
+def tune(
+    model: Plan | str | Path,
+    *,
+    requests: Sequence[int] = (1, 4, 16),
+    told: Told | None = None,
+    **options: Any,
+) -> TuningReport:
+    """Times every launch that the products of decode steps can have here, and keeps the fastest.
+
+    Weights are made up, in the model's shapes; from then on loading on such a GPU uses what was
+    found. Results change by their rounding alone.
+
+    Args:
+        model: A plan of this machine, or what `plan` takes, with a format of 4 bits.
+        requests: Requests at once; steps of up to so many are tuned, of 16 at most.
+        told: Told of each product, with the device's name.
+        options: Those of `plan`, where `model` is not a plan.
+
+    Raises:
+        InputError: The format has no launches to choose from, or what is found cannot be kept.
+        NotRunnableError: No GPU, or not the native engine.
+        MissingDependencyError, PlanDoesNotFitError: As `load` does.
+    """
+    require_run_packages()
+    from oomproof.engine.bench import check_points
+
+    check_points(requests, [1])
+    if not isinstance(model, Plan):
+        options.setdefault("concurrency", max(requests))
+    return tune_launches(_agree(model, options, needs_checkpoint=False), told)
 
 
 def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contract:

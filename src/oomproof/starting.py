@@ -15,6 +15,7 @@ from oomproof.planning.plan import Plan
 if TYPE_CHECKING:
     from oomproof.engine.protocol import Engine
     from oomproof.engine.rehearse import Rehearsable
+    from oomproof.engine.tune import Told, TuningReport
 
 Loaded = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in all)."""
@@ -106,6 +107,29 @@ def import_engine(contract: Contract) -> None:
 
     import_module("oomproof.compat.rehearse")
     import_libraries(contract.plan, contract.spec)
+
+
+def tune_launches(contract: Contract, told: Told | None = None) -> TuningReport:
+    """Finds and keeps the fastest launches of a plan's products, where it will run.
+
+    Args:
+        contract: Whose shapes, format and requests are meant.
+        told: Told of each product.
+
+    Raises:
+        InputError: The format has none to choose from, or what is found cannot be kept.
+        NotRunnableError: There is no GPU in the plan, or it does not use the kernel.
+        PlanDoesNotFitError: A device has less free memory now than the plan needs.
+    """
+    from oomproof.engine.tune import check_tunable, tune_plan
+    from oomproof.loading.devices import prepare_devices, release_devices
+
+    check_tunable(contract.plan)
+    prepare_devices(contract.plan, contract.hardware)
+    try:
+        return tune_plan(contract.plan, contract.spec, told)
+    finally:
+        release_devices(contract.plan)
 
 
 def start_timed(contract: Contract, folder: Path | None, progress: Loaded | None) -> Engine:

@@ -9,7 +9,10 @@ import pytest
 
 from oomproof import session
 from oomproof.cli.options import MAX_REQUESTS
+from oomproof.engine.tune import DeviceTuning, TuningReport
 from oomproof.errors import MissingDependencyError
+from oomproof.quantization.tune_products import ProductTiming, TimedLaunch
+from oomproof.quantization.tuned import ProductKey
 from tests.cli.invoke import invoke
 
 SIZES = ("--requests", "1,2", "--contexts", "16,64", "--context", "128")
@@ -157,3 +160,88 @@ def test_without_the_run_extra_the_install_line_is_named(monkeypatch: pytest.Mon
     assert "pip install 'oomproof[run]'" in invoke("bench", "tiny").error
     with pytest.raises(MissingDependencyError, match="torch is not installed"):
         session.bench("tiny")
+
+
+# --- --tune
+
+
+KEY = ProductKey(
+    processors=132, scales="uint8", normed=True, template=2, columns=4096, tiles=384, unit=1
+)
+RULE = TimedLaunch(warps=12, splits=1, us=5.0)
+TUNINGS = (
+    ProductTiming(
+        name="qkv",
+        tokens=2,
+        key=KEY,
+        default=RULE,
+        best=TimedLaunch(warps=16, splits=1, us=4.5),
+        candidates=3,
+    ),
+    ProductTiming(name="down", tokens=1, key=KEY, default=RULE, best=RULE, candidates=17),
+)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Makes tuning find TUNINGS, and notes what it is asked for."""
+    calls: list[dict[str, Any]] = []
+
+    def tune(model: str, *, told: Any, **options: Any) -> TuningReport:
+        calls.append({"model": model, **options})
+        for timing in TUNINGS:
+            told("NVIDIA H200", timing)
+        device = DeviceTuning(device="NVIDIA H200", file="/home/[me]/tuned.json", timings=TUNINGS)
+        return TuningReport(model=model, format="nf4-dq", devices=(device,))
+
+    monkeypatch.setattr(session, "tune", tune)
+    return calls
+
+
+def test_tuning_prints_what_it_found_and_where_it_is(asked: list[dict[str, Any]]) -> None:
+    done = invoke("bench", "tiny", "--tune", "--requests", "2", "--cap", "8GiB")
+    assert done.code == 0
+    [call] = asked
+    assert (call["model"], call["requests"]) == ("tiny", [2])
+    assert call["cap"] is not None
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["qkv", "2", "3", "12", "×", "1", "5.00", "16", "×", "1", "4.50", "10.0%"] in rows
+    assert ["down", "1", "17", "12", "×", "1", "5.00"] in rows
+    assert "kept in /home/[me]/tuned.json" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert done.err.splitlines() == [
+        "NVIDIA H200: qkv of 2 requests: 4.50 µs with 16 warps and 1 split, 5.00 by rule",
+        "NVIDIA H200: down of 1 request: 5.00 µs by rule, the fastest of 17",
+    ]
+
+
+@pytest.mark.usefixtures("asked")
+def test_tuning_as_json_holds_every_measurement() -> None:
+    done = invoke("bench", "tiny", "--tune", "--json")
+    report = json.loads(done.out)
+    assert report["format"] == "nf4-dq"
+    [device] = report["devices"]
+    assert (device["device"], device["file"]) == ("NVIDIA H200", "/home/[me]/tuned.json")
+    assert [timing["name"] for timing in device["timings"]] == ["qkv", "down"]
+    assert device["timings"][0]["best"] == {"warps": 16, "splits": 1, "us": 4.5}
+    assert device["timings"][0]["gain"] == pytest.approx(0.1)
+    assert device["timings"][1]["gain"] == 0
+
+
+@pytest.mark.usefixtures("runs_nothing")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((), "planned for a processor: run it where such a GPU is"),
+        (("--format", "nf4"), "planned for a processor"),
+        (("--format", "nf4-dq", "--engine", "native"), "planned for a processor"),
+        (("--against", "transformers"), "leave --against out, or --tune"),
+        (("--requests", "0"), "requests '0' is no whole number from 1"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line(arguments: tuple[str, ...], named: str) -> None:
+    assert named in invoke("bench", "tiny", "--tune", *arguments).error
+
+
+def test_tuning_what_does_not_fit_is_exit_code_3() -> None:
+    assert invoke("bench", "tiny", "--tune", "--cap", "1MiB").code == 3

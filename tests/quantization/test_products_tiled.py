@@ -11,9 +11,10 @@ import torch
 
 from oomproof.quantization import operators, products_tiled
 from oomproof.quantization.handlers import handler
-from oomproof.quantization.products_tiled import codebook_of, normalises, scaled_levels
+from oomproof.quantization.products_tiled import normalises, scaled_levels
 from oomproof.quantization.scratch import least_scratch_bytes
 from oomproof.quantization.step_operators import step_linear_4bit
+from oomproof.quantization.tables import codebook_of
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import LEAST_SHARED_BYTES
 from tests.quantization.weights import random_input, random_weight, same_bits, tiled_set
@@ -321,7 +322,7 @@ def test_products_are_the_same_on_the_smallest_gpu(
     format_name: str, shape: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # There columns are split, and blocks have many tiles.
-    monkeypatch.setattr(products_tiled, "_limits", lambda _device: (20, LEAST_SHARED_BYTES))
+    monkeypatch.setattr(products_tiled, "limits_of", lambda _device: (20, LEAST_SHARED_BYTES))
     weights, scratch = weights_of(format_name, shape, kind), new_scratch()
     for dtype in ERRORS:
         check([p for n in TOKENS for p in products_of(weights, n, dtype, scratch)], scratch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -37,6 +37,8 @@ class Product:
     unit: int
     processors: int
     shared_limit: int
+    warps: int | None = None
+    splits: int | None = None
 
     @property
     def tiles(self) -> int:
@@ -50,6 +52,8 @@ class Product:
             unit=self.unit,
             processors=self.processors,
             shared_limit=self.shared_limit,
+            warps=self.warps,
+            splits=self.splits,
         )
 
 
@@ -62,6 +66,13 @@ PRODUCTS = st.builds(
     processors=st.integers(1, 200),
     shared_limit=st.sampled_from([99 << 10, 163 << 10, 227 << 10]),
 )
+CHOSEN = st.builds(
+    replace,
+    PRODUCTS,
+    warps=st.none() | st.sampled_from([8, 12, 16]),
+    splits=st.none() | st.integers(1, 12),
+)
+"""Launches that tuning may ask for, too."""
 
 
 def ranges_of(shape: LaunchShape, unit: int) -> list[range]:
@@ -131,7 +142,7 @@ def addressed_bytes(shape: LaunchShape, steps: int) -> int:
 
 
 @settings(max_examples=150, deadline=None)
-@given(PRODUCTS)
+@given(CHOSEN)
 def test_every_tile_belongs_to_one_block(product: Product) -> None:
     shape = product.shape()
     if shape is None:
@@ -144,7 +155,7 @@ def test_every_tile_belongs_to_one_block(product: Product) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(PRODUCTS)
+@given(CHOSEN)
 def test_splits_cover_all_columns_and_none_is_empty(product: Product) -> None:
     shape = product.shape()
     if shape is None:
@@ -156,13 +167,14 @@ def test_splits_cover_all_columns_and_none_is_empty(product: Product) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(PRODUCTS)
+@given(CHOSEN)
 def test_a_launch_fits_the_gpu(product: Product) -> None:
     shape = product.shape()
     if shape is None:
         return
     assert shape.template >= product.tokens
-    assert shape.warps == warps_of(shape.template)
+    assert shape.warps == (product.warps or warps_of(shape.template))
+    assert shape.splits == (product.splits or shape.splits)
     assert shape.shared_bytes <= product.shared_limit
     for steps in {shape.steps, shape.last_steps}:
         assert addressed_bytes(shape, steps) <= shape.shared_bytes
@@ -173,7 +185,7 @@ def test_a_launch_fits_the_gpu(product: Product) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(PRODUCTS)
+@given(CHOSEN)
 def test_sums_have_a_slot_each_and_add_up_to_their_tiles(product: Product) -> None:
     shape = product.shape()
     if shape is None:

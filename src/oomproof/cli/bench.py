@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,14 @@ RandomWeights = Annotated[
         "--random-weights", help="Make the weights up: no download, no file. Speeds are the same."
     ),
 ]
+Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="Instead: find the fastest launch of each product of a 4-bit format on this GPU, for "
+        "decode steps of up to the largest of --requests, and keep it for every later run.",
+    ),
+]
 _MAX_POINTS = 32
 _MAX_DIGITS = 9
 
@@ -34,6 +42,7 @@ def bench(
     requests: Requests = "1,4,16",
     contexts: Contexts = "128,2k,8k",
     random_weights: RandomWeights = False,
+    tune: Tune = False,
     format: options.Format = "auto",
     kv_format: options.KVFormat = "auto",
     context: options.Context = None,
@@ -49,12 +58,36 @@ def bench(
     """Time loading, prompts and decoding against what this machine's memory and cores allow."""
     from oomproof import session
     from oomproof.cli.render import loading_progress
-    from oomproof.cli.render_bench import print_bench, print_timing
+    from oomproof.cli.render_bench import print_bench, print_timing, print_tuned, print_tuning
     from oomproof.units import parse_tokens
 
     counts = [_count(text) for text in _listed(requests, "requests")]
     lengths = [parse_tokens(text, what="contexts") for text in _listed(contexts, "contexts")]
     session.require_run_packages()
+    planned: dict[str, Any] = {
+        "format": format,
+        "kv_format": kv_format,
+        "context": context,
+        "max_memory": options.parse_max_memory(max_memory),
+        "reserve": reserve or 0,
+        "cap": cap,
+        "engine": engine,
+        "offload": offload,
+        "force": force,
+        "revision": revision,
+    }
+    if tune:
+        if against is not None:
+            raise InputError(
+                f"--tune compares launches of our own, not with {against[:40]!r}",
+                remedy="leave --against out, or --tune",
+            )
+        tuning = session.tune(model, requests=counts, told=print_tuned, **planned)
+        if json:
+            typer.echo(json_module.dumps(tuning.as_dict(), indent=2))
+        else:
+            print_tuning(tuning)
+        return
     with loading_progress() as progress:
         report = session.bench(
             model,
@@ -64,16 +97,7 @@ def bench(
             contexts=lengths,
             progress=progress,
             told=print_timing,
-            format=format,
-            kv_format=kv_format,
-            context=context,
-            max_memory=options.parse_max_memory(max_memory),
-            reserve=reserve or 0,
-            cap=cap,
-            engine=engine,
-            offload=offload,
-            force=force,
-            revision=revision,
+            **planned,
         )
     if json:
         typer.echo(json_module.dumps(report.as_dict(), indent=2))

@@ -13,6 +13,8 @@ from oomproof.cli.render import say
 
 if TYPE_CHECKING:
     from oomproof.engine.bench import BenchReport, Timing
+    from oomproof.engine.tune import TuningReport
+    from oomproof.quantization.tune_products import ProductTiming, TimedLaunch
 
 
 def print_timing(engine: str, timing: Timing) -> None:
@@ -67,3 +69,49 @@ def print_bench(report: BenchReport) -> None:
     table.add_row(*row)
     console.print(table)
     console.print("decode and prefill in tokens/s; the limit is what must be read or computed")
+
+
+def print_tuned(device: str, timing: ProductTiming) -> None:
+    """What `bench --tune` found for a product, as soon as it is there."""
+    default, best = timing.default, timing.best
+    found = f"{default.us:,.2f} µs by rule, the fastest of {timing.candidates}"
+    if timing.tuned is not None:
+        found = (
+            f"{best.us:,.2f} µs with {best.warps} warps and {_counted(best.splits, 'split')}, "
+            f"{default.us:,.2f} by rule"
+        )
+    say(f"{device}: {timing.name} of {_counted(timing.tokens, 'request')}: {found}")
+
+
+def print_tuning(report: TuningReport) -> None:
+    """Every product with its launches before and after, and where they are kept."""
+    console = Console(highlight=False, soft_wrap=False)
+    for device in report.devices:
+        console.print(
+            f"[bold]{escape(report.model)}[/bold] {report.format} on {escape(device.device)}"
+        )
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("product", "requests", "tried", "by rule", "µs", "kept", "µs", "less"):
+            table.add_column(column, justify="left" if column == "product" else "right")
+        for timing in device.timings:
+            default, best = timing.default, timing.best
+            row = [
+                timing.name,
+                str(timing.tokens),
+                str(timing.candidates),
+                _launch(default),
+                f"{default.us:,.2f}",
+            ]
+            if timing.tuned is not None:
+                row += [_launch(best), f"{best.us:,.2f}", f"{timing.gain:.1%}"]
+            table.add_row(*row)
+        console.print(table)
+        console.print(f"launches are warps × splits; kept in {escape(device.file)}", soft_wrap=True)
+
+
+def _launch(launch: TimedLaunch) -> str:
+    return f"{launch.warps} × {launch.splits}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -27,7 +27,12 @@ from functools import cache
 from importlib import import_module
 from importlib.resources import files
 
-DECLARED_IN = ("oomproof.quantization.products_tiled", "oomproof.engine.native.attend_cuda")
+DECLARED_IN = (
+    "oomproof.engine.native.attend_cuda",
+    "oomproof.engine.native.norm_cuda",
+    "oomproof.quantization.dequantize_cuda",
+    "oomproof.quantization.product_4bit",
+)
 """Modules that declare sources. Names, for they are imported by nobody who only plans."""
 
 

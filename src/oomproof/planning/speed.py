@@ -57,6 +57,9 @@ class Calibration:
     and 14B at 4k, 8k and 32k."""
     batch_step_factor: float | None = None
     """A decode step of several requests over one of one request; None where they take turns."""
+    batch_flops_efficiency: float | None = None
+    """Share of the FLOP/s at which each further request's products add to a decode step; None where
+    the weights' bytes hide them."""
 
 
 _H200 = "NVIDIA H200, torch 2.11, transformers 5.17, bitsandbytes 0.50.2"
@@ -108,7 +111,7 @@ for _kind, _bandwidth, _flops, _batch in (
     ("16-bit", 0.87, 0.68, 1.0),
     ("8-bit", 0.65, 0.52, 1.25),
     ("fp8", 0.50, 0.95, 1.33),
-    ("4-bit", 0.15, 0.54, 1.6),
+    ("4-bit", 0.80, 0.54, 1.0),
 ):
     CALIBRATIONS["native", _kind] = Calibration(
         bandwidth_efficiency=_bandwidth,
@@ -118,9 +121,11 @@ for _kind, _bandwidth, _flops, _batch in (
         split_overhead_s=0.0,
         load_bytes_per_s=12e9,
         measured=_NATIVE_SOURCE,
-        added_overhead_s=0.04e-3,
+        # Of 4 bits' fused layers; the others have launches between their products.
+        added_overhead_s=18.5e-6 if _kind == "4-bit" else 0.04e-3,
         attention_flops_efficiency=0.43,
         batch_step_factor=_batch,
+        batch_flops_efficiency=0.135 if _kind == "4-bit" else None,
     )
 
 ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
@@ -219,6 +224,7 @@ class SpeedModel:
         )
         """The part of it that grows with the requests."""
         self.batch_step_factor = measured.batch_step_factor
+        self._batch_flops_efficiency = measured.batch_flops_efficiency
 
     def _attention_bytes(self, unit: int) -> float:
         """Bytes of keys and values that one request's step moves in a unit."""
@@ -232,6 +238,14 @@ class SpeedModel:
         head_dims = layer.query_head_dim + layer.output_head_dim
         copies = model.spec.num_attention_heads * head_dims / kept
         return kv_bytes if copies == 1 else kv_bytes * (1 + 2 * copies)
+
+    def batch_s_per_request(self, first: int, end: int) -> float:
+        """What each request but the first adds to a decode step of units first … end-1."""
+        model, device = self.model, self._device
+        if device.flops_per_s is None or self._batch_flops_efficiency is None:
+            return 0.0
+        flops = 2 * _active_parameters(model.spec) * (end - first) / model.num_units
+        return flops / (device.flops_per_s * self._batch_flops_efficiency)
 
     def prefill_s_per_token(self, first: int, end: int) -> float | None:
         """Time of a prompt's token in units first … end-1, None where the rate is not known."""
@@ -297,7 +311,9 @@ def _total_speed(stages: Sequence[tuple[SpeedModel, int, int]], decode_s: float)
         # Requests take turns, one token each: together they are as fast as one alone.
         return 1 / decode_s
     attention_s = sum(sum(speed.attention_s[first:end]) for speed, first, end in stages)
-    return requests / (factor * (decode_s - attention_s) + requests * attention_s)
+    added_s = sum(speed.batch_s_per_request(first, end) for speed, first, end in stages)
+    step_s = factor * (decode_s - attention_s) + (requests - 1) * added_s
+    return requests / (step_s + requests * attention_s)
 
 
 def load_seconds(spec: ModelSpec, weight_format: Format, engine: str) -> float:

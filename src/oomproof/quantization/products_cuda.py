@@ -12,6 +12,7 @@ import torch
 
 from oomproof.formats import BLOCK_SIZE, ceil_div
 from oomproof.quantization import products_tiled
+from oomproof.quantization.dequantize_cuda import dequantize_tiles, supports_rows
 from oomproof.quantization.dequantize_triton import (
     FP8_FACTOR,
     INT8_FACTOR,
@@ -130,7 +131,9 @@ def linear_4bit_tiled(  # noqa: PLR0913, PLR0917 - a set's tensors
 
     def dequantize(first: int, end: int, into: torch.Tensor) -> None:
         for segment, a, b, place in weights.pieces(first, end):
-            dequantize_tiled(weights, segment, a, into[place : place + b - a])
+            part = into[place : place + b - a]
+            write = dequantize_tiles if supports_rows(part, a) else dequantize_tiled
+            write(weights, segment, a, part)
 
     for _ in _slice_after_slice(x, dequantize, out, _Scratch(scratch)):
         pass

@@ -3,119 +3,37 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from oomproof.kernels.module import Kernel, launch, load_modules
-from oomproof.kernels.source import Source, Variant
-from oomproof.quantization.tables import table_4bit
+from oomproof.kernels.module import launch, load_modules
+from oomproof.quantization.product_4bit import (
+    INPUTS,
+    MAX_SEGMENTS,
+    PRODUCT_4BIT,
+    Params,
+    kernels_of,
+    variant_of,
+    warps_choices,
+)
+from oomproof.quantization.tables import codebook_of
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import (
-    LEAST_SHARED_BYTES,
     MAX_TOKENS,
     TEMPLATES,
     LaunchShape,
     launch_shape,
     partial_bytes,
-    warps_of,
+    template_of,
 )
+from oomproof.quantization.tuned import Gpu, ProductKey, tuned_launch, tuned_launches
 
-_INPUTS = (torch.bfloat16, torch.float16)
-_SCALES = (torch.float32, torch.uint8, torch.bfloat16)
-_MAX_SEGMENTS = 3
 _CANDIDATES = 4096
 _FINISH_THREADS = 256
 _PAIR = 2
-
-
-class Segment(ctypes.Structure):
-    """One linear of the set."""
-
-    _fields_ = (
-        ("nested_absmax", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("first_tile", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
-    )
-
-
-class Params(ctypes.Structure):
-    """What both kernels take; product_4bit.cu says what each field is."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "codes",
-                "scales",
-                "nested_map",
-                "x",
-                "hidden",
-                "update",
-                "norm_weight",
-                "hidden_out",
-                "out",
-                "partials",
-            )
-        ),
-        ("segments", Segment * _MAX_SEGMENTS),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "num_segments",
-                "tokens",
-                "columns",
-                "tiles",
-                "x_stride",
-                "out_stride",
-                "splits",
-                "steps",
-                "tile_unit",
-                "gated",
-                "writers",
-                "slots",
-                "most_tiles",
-                "units_per_block",
-                "blocks_with_more",
-            )
-        ),
-        ("per_step", ctypes.c_uint32),
-        ("per_last_step", ctypes.c_uint32),
-        ("levels", ctypes.c_uint16 * 16),
-        ("level_scale", ctypes.c_float),
-        ("eps", ctypes.c_float),
-        ("multiplier", ctypes.c_float),
-    )
-
-
-def _variant(template: int, dtype: torch.dtype, scales: torch.dtype) -> Variant:
-    return Variant(
-        defines={
-            "TOKENS": template,
-            "INPUT": _INPUTS.index(dtype),
-            "SCALES": _SCALES.index(scales),
-            "WARPS": warps_of(template),
-            "DEPTH": 1,
-            "BLOCKS": 1,
-        },
-        shared_bytes=LEAST_SHARED_BYTES,
-    )
-
-
-PRODUCT_4BIT = Source(
-    path="quantization/cuda/product_4bit.cu",
-    variants=tuple(
-        _variant(template, dtype, scales)
-        for template in TEMPLATES
-        for dtype in _INPUTS
-        for scales in _SCALES
-    ),
-    parameters=(Params,),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +54,7 @@ class NormedInput:
 
 def supports(x: torch.Tensor, weights: TiledSet, scratch_bytes: int) -> bool:
     """Whether the kernel computes such a product."""
-    few = len(x) <= MAX_TOKENS and x.dtype in _INPUTS
+    few = len(x) <= MAX_TOKENS and x.dtype in INPUTS
     if not (x.is_cuda and few and computes(weights, x.device)):
         return False
     shape = _shape(1, weights, x.device)
@@ -147,29 +65,47 @@ def computes(weights: TiledSet, device: torch.device) -> bool:
     """Whether there is a launch for one token, so that more can be multiplied in pieces."""
     linears = weights.segments
     strides = {segment.tile_stride for segment in linears}
-    one_stream = strides == {1} and len(linears) <= _MAX_SEGMENTS
+    one_stream = strides == {1} and len(linears) <= MAX_SEGMENTS
     in_turn = strides == {_PAIR} and len(linears) == _PAIR
     return (one_stream or in_turn) and _shape(1, weights, device) is not None
 
 
-def prepare(dtype: torch.dtype, scales: torch.dtype, device: torch.device) -> None:
-    """Compiles (or reads) and loads every kernel for inputs and scales of these types.
+def prepare(
+    dtype: torch.dtype, scales: torch.dtype, device: torch.device, *, every: bool = False
+) -> None:
+    """Compiles (or reads) and loads the kernels for inputs and scales of these types.
+
+    Args:
+        dtype: Of inputs.
+        scales: Of stored scales.
+        device: Where they will be launched.
+        every: Whether to load all that tuning may choose, and not only what it chose here.
 
     Raises:
         CudaError: The driver refuses the machine code.
         KernelCompileError: NVRTC refuses the source.
         MissingDependencyError: NVRTC, or Python's way to it, is not installed.
     """
-    if dtype not in _INPUTS:
+    if dtype not in INPUTS:
         return
-    capability = torch.cuda.get_device_capability(device)
-    load_modules(
-        PRODUCT_4BIT, [_variant(template, dtype, scales) for template in TEMPLATES], capability
-    )
-    _, shared_limit = _limits(device)
+    gpu = gpu_of(device)
+    processors, shared_limit = limits_of(device)
+    known = {
+        (product.template, tuned.warps)
+        for product, tuned in tuned_launches(gpu).items()
+        if (product.processors, product.scales) == (processors, _name(scales))
+    }
+    chosen = [
+        (template, warps)
+        for template in TEMPLATES
+        for number, warps in enumerate(warps_choices(template, dtype, scales))
+        if number == 0 or every or (template, warps) in known
+    ]
+    variants = [variant_of(template, dtype, scales, warps) for template, warps in chosen]
+    load_modules(PRODUCT_4BIT, variants, gpu.capability)
     with torch.cuda.device(device):
-        for template in TEMPLATES:
-            product, finish = _kernels(template, dtype, scales, capability)
+        for template, warps in chosen:
+            product, finish = kernels_of(template, dtype, scales, warps, gpu.capability)
             product.prepare(shared_limit)
             finish.prepare()
 
@@ -200,9 +136,9 @@ def multiply(
     if gated and _unit(weights) != _PAIR:
         raise ValueError("only gate and up that take turns, tile by tile, are gated")
     tokens = len(x.hidden if isinstance(x, NormedInput) else x)
-    for first, end, shape in _pieces(tokens, weights, out.device, scratch.nbytes):
+    for first, end, shape in _pieces(x, weights, scratch.nbytes):
         part = x if end - first == tokens else _rows(x, first, end)
-        _multiply(part, weights, out[first:end], scratch, shape, biases, gated=gated)
+        launch_product(part, weights, out[first:end], scratch, shape, biases, gated=gated)
 
 
 def step_linear_4bit(  # noqa: PLR0913, PLR0917 - as the operator
@@ -240,23 +176,20 @@ def step_linear_4bit(  # noqa: PLR0913, PLR0917 - as the operator
 
 
 def _pieces(
-    tokens: int, weights: TiledSet, device: torch.device, scratch_bytes: int
+    x: torch.Tensor | NormedInput, weights: TiledSet, scratch_bytes: int
 ) -> list[tuple[int, int, LaunchShape]]:
     """(first token, end, launch) of pieces for which shared memory and scratch suffice."""
+    source = x.hidden if isinstance(x, NormedInput) else x
+    tokens, normed = len(source), isinstance(x, NormedInput)
     piece = min(tokens, TEMPLATES[-1])
     while True:
-        shape = _shape(piece, weights, device)
-        fits = (
-            shape is not None and partial_bytes(shape, piece, len(weights.codes)) <= scratch_bytes
-        )
-        if fits or piece == 1:
-            break
+        for shape in _shapes(piece, weights, source, normed=normed):
+            if partial_bytes(shape, piece, len(weights.codes)) <= scratch_bytes:
+                return [
+                    (first, min(first + piece, tokens), shape) for first in range(0, tokens, piece)
+                ]
+        assert piece > 1, f"{scratch_bytes} bytes of scratch are too few for one token"
         piece = max(template for template in TEMPLATES if template < piece)
-    assert shape is not None, "one token fits into the least shared memory"
-    assert fits, f"{scratch_bytes} bytes of scratch are too few for one token"
-    if piece == tokens:
-        return [(0, tokens, shape)]
-    return [(first, min(first + piece, tokens), shape) for first in range(0, tokens, piece)]
 
 
 def _rows(x: torch.Tensor | NormedInput, first: int, end: int) -> torch.Tensor | NormedInput:
@@ -272,18 +205,34 @@ def _rows(x: torch.Tensor | NormedInput, first: int, end: int) -> torch.Tensor |
     )
 
 
-def _multiply(
+def launch_product(
     x: torch.Tensor | NormedInput,
     weights: TiledSet,
     out: torch.Tensor,
     scratch: torch.Tensor,
     shape: LaunchShape,
-    biases: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] = (),
     *,
-    gated: bool,
+    gated: bool = False,
 ) -> None:
+    """Launches the kernel once, as is said: what `multiply` does with tokens that fit at once.
+
+    Args:
+        x: As for `multiply`.
+        weights: The set.
+        out: As for `multiply`.
+        scratch: uint8, at least partial_bytes(shape, …).
+        shape: For as many tokens at least; with a NormedInput of one split, and a `template` that
+            the kernel normalises.
+        biases: As for `multiply`.
+        gated: As for `multiply`.
+
+    Raises:
+        CudaError: The driver refuses the launch.
+        ValueError: There is no kernel that normalises so many tokens.
+    """
     normed = isinstance(x, NormedInput)
-    if isinstance(x, NormedInput) and (shape.splits > 1 or shape.template > _MOST_NORMED):
+    if isinstance(x, NormedInput) and (shape.splits > 1 or shape.template > MOST_NORMED):
         raise ValueError(f"no kernel normalises {len(x.hidden)} tokens; see normalises")
     source = x.hidden if isinstance(x, NormedInput) else x
     tokens, tiles, unit = len(source), len(weights.codes), _unit(weights)
@@ -331,7 +280,13 @@ def _multiply(
         if biases:
             own.bias = biases[number].data_ptr()
     stream = torch.cuda.current_stream(out.device).cuda_stream
-    product, finish = _kernels(shape.template, source.dtype, weights.scales.dtype, _capability(out))
+    product, finish = kernels_of(
+        shape.template,
+        source.dtype,
+        weights.scales.dtype,
+        shape.warps,
+        gpu_of(out.device).capability,
+    )
     grid = (shape.blocks, shape.splits, 1)
     block = (32 * shape.warps, 1, 1)
     launch(product, grid, block, shape.shared_bytes, params, stream, dependent=True)
@@ -341,20 +296,63 @@ def _multiply(
         launch(finish, grid, (_FINISH_THREADS, 1, 1), 0, params, stream, dependent=True)
 
 
-_MOST_NORMED = 8
-"""Tokens that the kernel normalises by itself at most."""
+MOST_NORMED = 4
+"""Tokens that the kernel normalises by itself at most: with more a kernel of its own is faster, for
+here every block normalises all of them."""
 
 
 def normalises(tokens: int, weights: TiledSet, device: torch.device) -> bool:
     """Whether `multiply` takes a NormedInput of so many tokens."""
-    if tokens > _MOST_NORMED:
+    if tokens > MOST_NORMED:
         return False
     shape = _shape(tokens, weights, device)
     return shape is not None and shape.splits == 1
 
 
-def _shape(tokens: int, weights: TiledSet, device: torch.device) -> LaunchShape | None:
-    processors, shared_limit = _limits(device)
+def _shapes(
+    tokens: int, weights: TiledSet, source: torch.Tensor, *, normed: bool
+) -> Iterator[LaunchShape]:
+    """Launches for so many tokens, the better one first: as tuned here, and by the rule."""
+    dtype, scales, device = source.dtype, weights.scales.dtype, source.device
+    key = product_key(tokens, weights, device, normed=normed)
+    tuned = tuned_launch(gpu_of(device), key)
+    if (
+        tuned is not None
+        and tuned.warps in warps_choices(key.template, dtype, scales)
+        and not (normed and tuned.splits > 1)
+    ):
+        shape = _shape(tokens, weights, device, warps=tuned.warps, splits=tuned.splits)
+        if shape is not None:
+            yield shape
+    by_rule = _shape(tokens, weights, device)
+    if by_rule is not None:
+        yield by_rule
+
+
+def product_key(
+    tokens: int, weights: TiledSet, device: torch.device, *, normed: bool
+) -> ProductKey:
+    """What a product of so many tokens is called in the table of tuned launches."""
+    return ProductKey(
+        processors=limits_of(device)[0],
+        scales=_name(weights.scales.dtype),
+        normed=normed,
+        template=template_of(tokens),
+        columns=weights.columns,
+        tiles=len(weights.codes),
+        unit=_unit(weights),
+    )
+
+
+def _shape(
+    tokens: int,
+    weights: TiledSet,
+    device: torch.device,
+    *,
+    warps: int | None = None,
+    splits: int | None = None,
+) -> LaunchShape | None:
+    processors, shared_limit = limits_of(device)
     return launch_shape(
         tokens=tokens,
         columns=weights.columns,
@@ -362,6 +360,8 @@ def _shape(tokens: int, weights: TiledSet, device: torch.device) -> LaunchShape 
         unit=_unit(weights),
         processors=processors,
         shared_limit=shared_limit,
+        warps=warps,
+        splits=splits,
     )
 
 
@@ -384,31 +384,25 @@ def scaled_levels(codebook: str, dtype: torch.dtype) -> tuple[ctypes.Array[ctype
     return (ctypes.c_uint16 * 16)(*bits.tolist()), 1 / float(factors[best])
 
 
-def codebook_of(name: str) -> torch.Tensor:
-    """The 16 values of codes: "nf4", "fp4", or "int4", whose are integers from -8 on."""
-    if name == "int4":
-        return torch.arange(16, dtype=torch.float32) - 8
-    return table_4bit(name)
-
-
 @cache
-def _kernels(
-    template: int, dtype: torch.dtype, scales: torch.dtype, capability: tuple[int, int]
-) -> tuple[Kernel, Kernel]:
-    [module] = load_modules(PRODUCT_4BIT, [_variant(template, dtype, scales)], capability)
-    return module.kernel("product_4bit", Params), module.kernel("finish_4bit", Params)
-
-
-@cache
-def _limits(device: torch.device) -> tuple[int, int]:
+def limits_of(device: torch.device) -> tuple[int, int]:
     """(multiprocessors, bytes of shared memory that a block may have)."""
     properties = torch.cuda.get_device_properties(device)
     shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return properties.multi_processor_count, shared
 
 
-def _capability(tensor: torch.Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(tensor.device)
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Which kind of GPU it is."""
+    return Gpu(
+        name=torch.cuda.get_device_name(device),
+        capability=torch.cuda.get_device_capability(device),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _unit(weights: TiledSet) -> int:

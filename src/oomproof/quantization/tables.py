@@ -86,3 +86,10 @@ def table_dynamic() -> torch.Tensor:
         values += (scale * fractions).tolist()
         values += (-scale * fractions).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def codebook_of(name: str) -> torch.Tensor:
+    """The 16 values of codes: "nf4", "fp4", or "int4", whose are integers from -8 on."""
+    if name == "int4":
+        return torch.arange(16, dtype=torch.float32) - 8
+    return table_4bit(name)

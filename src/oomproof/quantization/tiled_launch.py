@@ -50,8 +50,16 @@ class LaunchShape:
     shared_bytes: int
 
 
+def template_of(tokens: int) -> int:
+    """The tokens that a launch for so many is compiled for."""
+    return next(template for template in TEMPLATES if template >= tokens)
+
+
 def warps_of(template: int) -> int:
-    """Warps of a block: as many as the registers of their sums and scales leave room for."""
+    """Warps of a block, where tuning found none better (tuned.py).
+
+    As many as the registers of their sums and scales leave room for.
+    """
     return 12 if template < 8 else 8
 
 
@@ -64,8 +72,10 @@ def launch_shape(
     unit: int,
     processors: int,
     shared_limit: int,
+    warps: int | None = None,
+    splits: int | None = None,
 ) -> LaunchShape | None:
-    """The fewest splits with which x fits; None where it fits with none.
+    """The fewest splits with which x fits, or a choice of one's own; None where it does not fit.
 
     Args:
         tokens: At most the last of TEMPLATES.
@@ -74,26 +84,30 @@ def launch_shape(
         unit: Tiles that belong together: 2 for gate and up.
         processors: Multiprocessors of the GPU: each has one block.
         shared_limit: Bytes of shared memory that a block may have.
+        warps: Of a block, a multiple of 4; None for `warps_of`.
+        splits: Of the columns, exactly so many; None for the fewest.
     """
-    template = next(template for template in TEMPLATES if template >= tokens)
-    warps = warps_of(template)
+    template = template_of(tokens)
+    warps = warps_of(template) if warps is None else warps
     all_steps = ceil_div(columns // 64, _STEP_BLOCKS)
     units = tiles // unit
-    for wanted in range(1, all_steps + 1):
+    for wanted in range(1, all_steps + 1) if splits is None else (splits,):
         steps = ceil_div(all_steps, wanted)
-        splits = ceil_div(all_steps, steps)
-        blocks = min(units, max(1, processors // splits))
+        # Not every number divides the columns so that none is empty.
+        if ceil_div(all_steps, steps) != wanted:
+            continue
+        blocks = min(units, max(1, processors // wanted))
         most_tiles = ceil_div(units, blocks) * unit
         slots = min(most_tiles, (ceil_div(most_tiles * steps, warps) - 1) // steps + 2)
         shared = shared_bytes(template, warps, slots, most_tiles, steps)
-        if splits == wanted and shared <= shared_limit:
+        if shared <= shared_limit:
             return LaunchShape(
                 template=template,
                 warps=warps,
                 blocks=blocks,
-                splits=splits,
+                splits=wanted,
                 steps=steps,
-                last_steps=all_steps - (splits - 1) * steps,
+                last_steps=all_steps - (wanted - 1) * steps,
                 slots=slots,
                 most_tiles=_to_four(most_tiles),
                 units_per_block=units // blocks,

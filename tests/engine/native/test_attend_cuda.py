@@ -101,7 +101,7 @@ def test_one_short_request_is_one_cluster_and_long_ones_fill_the_gpu() -> None:
 
     assert grid(1, 2048) == ((8, 8, 1), 8)
     assert grid(1, 131_072) == ((32, 8, 1), 2)
-    assert grid(8, 2048) == ((48, 8, 1), 2)
+    assert grid(8, 2048) == ((40, 8, 1), 1)
     assert grid(32, 256) == ((32, 8, 1), 1)
 
 

@@ -308,12 +308,14 @@ def _cluster_size(blocks: int, context: int, capability: tuple[int, int]) -> int
     """The largest cluster for which a row has the blocks and the tokens.
 
     Larger ones than two only where one cluster has all of a row: several of them do not find eight
-    free multiprocessors side by side at once (benchmarks/LOG.md).
+    free multiprocessors side by side at once (benchmarks/LOG.md). Many rows fill the GPU without.
     """
     if capability < CLUSTER_CAPABILITY:
         return 1
     useful = max(1, min(blocks, ceil_div(context, BLOCK_TOKENS)))
     largest = CLUSTER_SIZES[0]
-    if context > largest * CLUSTER_TOKENS_PER_BLOCK or blocks < largest:
+    if blocks < largest:
+        return 1
+    if context > largest * CLUSTER_TOKENS_PER_BLOCK:
         useful = min(useful, 2)
     return next(size for size in CLUSTER_SIZES if size <= useful)

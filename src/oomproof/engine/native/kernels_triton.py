@@ -11,6 +11,9 @@ and written as bytes with integer arithmetic, which any GPU has.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,9 +22,11 @@ from oomproof.memory.kv_cache import PAGE_TOKENS
 
 _FLOAT8 = torch.float8_e4m3fn
 _TILE_TOKENS = 64
-"""Keys that attention looks at in one go; it divides a page."""
+"""Keys that a decode step's attention looks at in one go; it divides a page."""
 _LEAST_DOT_ROWS = 16
 """Of either side of a matrix product, and of what it sums over."""
+_HALVES_PER_PROGRAM = 1024
+"""Pairs that a program rotates: 16 bytes of 16-bit values in either half for each of 128 threads."""
 
 
 def add_rms_norm(
@@ -83,10 +88,13 @@ def rotate_and_store(
     k_norm: torch.Tensor | None,
     eps: float,
 ) -> None:
-    """A program a row and head: queries first, then keys, then values."""
+    """A program a row and block of heads: queries first, then keys, then values."""
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    _rotate_and_store[(qkv.shape[0], heads + 2 * kv_heads)](
+    total = heads + 2 * kv_heads
+    block = triton.next_power_of_2(head_dim // 2)
+    heads_block = min(triton.next_power_of_2(total), max(1, _HALVES_PER_PROGRAM // block))
+    _rotate_and_store[(qkv.shape[0], triton.cdiv(total, heads_block))](
         qkv,
         rotary,
         positions,
@@ -102,13 +110,14 @@ def rotate_and_store(
         eps,
         HEADS=heads,
         KV_HEADS=kv_heads,
+        HEADS_BLOCK=heads_block,
         HALF=head_dim // 2,
-        BLOCK=triton.next_power_of_2(head_dim // 2),
+        BLOCK=block,
         HAS_Q_NORM=q_norm is not None,
         HAS_K_NORM=k_norm is not None,
         AS_FLOAT8=keys.dtype is _FLOAT8,
         PAGE=PAGE_TOKENS,
-        num_warps=1,
+        num_warps=4,
     )
 
 
@@ -116,64 +125,71 @@ def rotate_and_store(
 def _rotate_and_store(
     qkv, rotary, positions, slots, pages, keys, values, q_norm, k_norm,
     qkv_stride, rotary_stride, num_pages, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, AS_FLOAT8: tl.constexpr,
-    PAGE: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr,
+    AS_FLOAT8: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    first_head = tl.program_id(1) * HEADS_BLOCK
     position = tl.load(positions + row)
-    slot = tl.load(slots + row)
+    head = first_head + tl.arange(0, HEADS_BLOCK)[:, None]
     column = tl.arange(0, BLOCK)
-    inside = column < HALF
-    source = qkv + row * qkv_stride + head * (2 * HALF)
-    first = tl.load(source + column, mask=inside, other=0.0)
-    second = tl.load(source + HALF + column, mask=inside, other=0.0)
+    in_half = column < HALF
+    inside = (head < HEADS + 2 * KV_HEADS) & in_half[None, :]
+    source = qkv + row * qkv_stride + (head * (2 * HALF) + column[None, :])
+    first = tl.load(source, mask=inside, other=0.0)
+    second = tl.load(source + HALF, mask=inside, other=0.0)
     dtype = first.dtype
-    is_value = head >= HEADS + KV_HEADS
-    if not is_value:
-        if HAS_Q_NORM:
-            if head < HEADS:
-                first, second = _normed(first, second, q_norm, column, inside, eps, HALF)
-        if HAS_K_NORM:
-            if head >= HEADS:
-                first, second = _normed(first, second, k_norm, column, inside, eps, HALF)
-        angle = rotary + position.to(tl.int64) * HALF + column
-        cosine = tl.load(angle, mask=inside, other=0.0)
-        sine = tl.load(angle + rotary_stride, mask=inside, other=0.0)
-        left, right = first.to(tl.float32), second.to(tl.float32)
-        first = (left * cosine - right * sine).to(dtype)
-        second = (right * cosine + left * sine).to(dtype)
-    if head < HEADS:
-        tl.store(source + column, first, mask=inside)
-        tl.store(source + HALF + column, second, mask=inside)
-    elif slot >= 0:
-        page = tl.load(pages + slot * num_pages + position // PAGE % num_pages).to(tl.int64)
-        kv_head = (head - HEADS) % KV_HEADS
-        place = ((page * KV_HEADS + kv_head) * PAGE + position % PAGE) * (2 * HALF)
-        if AS_FLOAT8:
-            low, high = _to_e4m3(first.to(tl.float32)), _to_e4m3(second.to(tl.float32))
-        else:
-            low, high = first, second
-        if is_value:
-            tl.store(values + place + column, low, mask=inside)
-            tl.store(values + place + HALF + column, high, mask=inside)
-        else:
-            tl.store(keys + place + column, low, mask=inside)
-            tl.store(keys + place + HALF + column, high, mask=inside)
+    is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
+    left, right = first, second
+    if HAS_Q_NORM:
+        low, high = _normed(first, second, q_norm, column, in_half, eps, HALF)
+        left, right = tl.where(is_query, low, left), tl.where(is_query, high, right)
+    if HAS_K_NORM:
+        low, high = _normed(first, second, k_norm, column, in_half, eps, HALF)
+        left, right = tl.where(is_query, left, low), tl.where(is_query, right, high)
+    left, right = left.to(tl.float32), right.to(tl.float32)
+    angle = rotary + position.to(tl.int64) * HALF + column
+    cosine = tl.load(angle, mask=in_half, other=0.0)[None, :]
+    sine = tl.load(angle + rotary_stride, mask=in_half, other=0.0)[None, :]
+    low = tl.where(is_value, first, (left * cosine - right * sine).to(dtype))
+    high = tl.where(is_value, second, (right * cosine + left * sine).to(dtype))
+    if first_head < HEADS:
+        tl.store(source, low, mask=inside & is_query)
+        tl.store(source + HALF, high, mask=inside & is_query)
+    if first_head + HEADS_BLOCK > HEADS:
+        slot = tl.load(slots + row)
+        if slot >= 0:
+            page = tl.load(pages + slot * num_pages + position // PAGE % num_pages).to(tl.int64)
+            kv_head = (head - HEADS) % KV_HEADS
+            at = (page * KV_HEADS * PAGE + position % PAGE) * (2 * HALF)
+            at += kv_head * (PAGE * 2 * HALF) + column[None, :]
+            kept_low, kept_high = _kept(low, AS_FLOAT8), _kept(high, AS_FLOAT8)
+            is_key = inside & (head >= HEADS) & (head < HEADS + KV_HEADS)
+            tl.store(keys + at, kept_low, mask=is_key)
+            tl.store(keys + at + HALF, kept_high, mask=is_key)
+            tl.store(values + at, kept_low, mask=inside & is_value)
+            tl.store(values + at + HALF, kept_high, mask=inside & is_value)
 
 
 @triton.jit
-def _normed(first, second, weight, column, inside, eps, HALF: tl.constexpr):
+def _normed(first, second, weight, column, in_half, eps, HALF: tl.constexpr):
+    """Each head of [heads, columns of a half]."""
     dtype = first.dtype
     left, right = first.to(tl.float32), second.to(tl.float32)
-    total = tl.sum(left * left, axis=0) + tl.sum(right * right, axis=0)
-    scale = 1.0 / tl.sqrt_rn(total / (2 * HALF) + eps)
-    low = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(weight + HALF + column, mask=inside, other=0.0).to(tl.float32)
+    total = tl.sum(left * left + right * right, axis=1)
+    scale = (1.0 / tl.sqrt_rn(total / (2 * HALF) + eps))[:, None]
+    low = tl.load(weight + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    high = tl.load(weight + HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
     left = (left * scale).to(dtype).to(tl.float32) * low
     right = (right * scale).to(dtype).to(tl.float32) * high
     return left.to(dtype), right.to(dtype)
+
+
+@triton.jit
+def _kept(values, AS_FLOAT8: tl.constexpr):
+    """As pages hold them."""
+    return _to_e4m3(values.to(tl.float32)) if AS_FLOAT8 else values
 
 
 @triton.jit
@@ -195,10 +211,10 @@ def _to_e4m3(values):
 @triton.jit
 def _from_e4m3(codes):
     """float32 of e4m3 bits."""
-    wide = codes.to(tl.uint32)
-    # As float16 bits the exponent's bias is 15 instead of 7: the value is 2^8 times too small.
-    half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.uint16)
-    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    # The sign goes to the top and is copied below it; the copies are cut away. As float32 bits the
+    # exponent's bias is 127 instead of 7: the value is 2^120 times too small.
+    wide = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x7810_0000
+    return wide.to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
 def attend(
@@ -317,14 +333,14 @@ def _attend_part(
         seen = (start + token < end) & (start + token >= begin)
         at = place + token[:, None] * HEAD_DIM + column[None, :]
         inside = seen[:, None] & (column < HEAD_DIM)[None, :]
-        key = _loaded(keys, at, inside, query.dtype, FLOAT8)
+        key = _loaded(keys + at, inside, True, query.dtype, FLOAT8)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         score = tl.where(seen[None, :], score, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(score, axis=1))
         weight = tl.exp(score - new_largest[:, None])
         shrink = tl.exp(largest - new_largest)
         total = total * shrink + tl.sum(weight, axis=1)
-        value = _loaded(values, at, inside, query.dtype, FLOAT8)
+        value = _loaded(values + at, inside, True, query.dtype, FLOAT8)
         weighted = weighted * shrink[:, None] + tl.dot(
             weight.to(query.dtype), value, input_precision="ieee"
         )
@@ -375,9 +391,8 @@ def attend_prefill(
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     heads, rows = out.shape[1] // head_dim, qkv.shape[0]
     block = max(_LEAST_DOT_ROWS, triton.next_power_of_2(head_dim))
-    wide = qkv.dtype is torch.float32 or block > 128
-    tile_rows = 32 if wide else 128
-    _attend_chunk[(triton.cdiv(rows, tile_rows), heads)](
+    tiles = prefill_tiles(qkv.dtype, block, _capability(qkv.device))
+    _attend_chunk[(heads, triton.cdiv(rows, tiles.rows))](
         qkv,
         positions,
         slots,
@@ -389,84 +404,187 @@ def attend_prefill(
         out.stride(0),
         pages.shape[1],
         rows,
+        kv_heads,
+        heads // kv_heads,
         scale,
         window,
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK=block,
-        ROWS=tile_rows,
-        TILE=32 if wide else _TILE_TOKENS,
+        ROWS=tiles.rows,
+        TILE=tiles.keys,
+        OVERLAPS=tiles.overlaps,
         FLOAT8=keys.dtype is _FLOAT8,
         PAGE=PAGE_TOKENS,
-        num_warps=4 if wide else 8,
-        num_stages=1 if wide else 2,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiles:
+    """How a prefill chunk's attention is cut."""
+
+    rows: int
+    """Queries of a program."""
+    keys: int
+    """Keys that it looks at in one go; they divide a page."""
+    warps: int
+    stages: int
+    """Tiles of keys and values under way at once, about."""
+    overlaps: bool = False
+    """Whether weights of one tile are computed beside the product of those before with their
+    values. It takes products that the GPU computes on its own (Hopper's), and registers."""
+
+
+def prefill_tiles(dtype: torch.dtype, block: int, capability: tuple[int, int]) -> Tiles:
+    """The fastest that a GPU's registers and shared memory have room for.
+
+    Args:
+        dtype: Of the queries.
+        block: Head dim, filled up to a power of two.
+        capability: The GPU's compute capability.
+    """
+    if dtype is torch.float32:
+        return Tiles(rows=32, keys=32, warps=8 if block > 64 else 4, stages=1)
+    if capability[0] not in (9, 10):
+        # 99 KB a block of threads, but for 8.0.
+        if block > 128:
+            return Tiles(rows=64, keys=32, warps=8, stages=2)
+        return Tiles(rows=128, keys=64, warps=8, stages=3)
+    if block > 128:
+        return Tiles(rows=128, keys=64, warps=8, stages=2)
+    return Tiles(rows=128, keys=64, warps=8, stages=3, overlaps=capability[0] == 9)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The least that kernels are made for in the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
 # A kernel for any number of rows: none is compiled while somebody waits for an answer.
-@triton.jit(do_not_specialize=["rows", "num_pages", "window"])
+@triton.jit(do_not_specialize=["num_pages", "rows", "kv_heads", "group", "window"])
 def _attend_chunk(
     qkv, positions, slots, pages, keys, values, out,
-    qkv_stride, out_stride, num_pages, rows, scale, window,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, FLOAT8: tl.constexpr, PAGE: tl.constexpr,
+    qkv_stride, out_stride, num_pages, rows, kv_heads, group, scale, window,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr, FLOAT8: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    # The last tiles look at the most keys: they begin first.
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    head = tl.program_id(1)
-    kv_head = head // GROUP
-    slot = tl.load(slots)
-    start_position = tl.load(positions)
+    # Heads side by side read the same keys. The last rows look at the most keys: they begin first.
+    head = tl.program_id(0)
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    kv_head = head // group
+    table = pages + tl.load(slots) * num_pages
+    first = tl.load(positions) + first_row
+    end = first + tl.minimum(rows - first_row, ROWS)
     row = first_row + tl.arange(0, ROWS)
-    position = start_position + row
+    position = first + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     in_head = (column < HEAD_DIM)[None, :]
     real = (row < rows)[:, None] & in_head
-    at = row.to(tl.int64)[:, None] * qkv_stride + head * HEAD_DIM + column[None, :]
+    at = row.to(tl.int64)[:, None] * qkv_stride + (head * HEAD_DIM + column)[None, :]
     query = tl.load(qkv + at, mask=real, other=0.0)
-    end = start_position + tl.minimum(first_row + ROWS, rows)
-    begin = 0
-    if window > 0:
-        begin = tl.maximum(start_position + first_row - window + 1, 0)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    lookback = tl.where(window > 0, window, 1 << 30)
+    begin = tl.maximum(first - lookback + 1, 0)
+    # Tiles [whole, stop_whole) are seen by every row, those of [begin, end) around them in part.
+    stop_whole = (first + 1) // TILE
+    whole = tl.minimum(tl.cdiv(tl.maximum(end - lookback, 0), TILE), stop_whole)
+    ring = begin // PAGE - begin // PAGE % num_pages
+    # Scores are finite from here on, also those of a row that sees nothing of its first tile.
+    largest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, BLOCK], tl.float32)
     token = tl.arange(0, TILE)
+    in_tile = token[:, None] * HEAD_DIM + column[None, :]
     log2_scale = scale * 1.4426950408889634
-    for number in range(begin // TILE, tl.cdiv(end, TILE)):
-        start = number * TILE
-        page = tl.load(pages + slot * num_pages + start // PAGE % num_pages).to(tl.int64)
-        place = ((page * KV_HEADS + kv_head) * PAGE + start % PAGE) * HEAD_DIM
-        inside = (start + token < end)[:, None] & in_head
-        kv_at = place + token[:, None] * HEAD_DIM + column[None, :]
-        key = _loaded(keys, kv_at, inside, query.dtype, FLOAT8)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
-        seen = (start + token)[None, :] <= position[:, None]
-        if window > 0:
-            seen = seen & ((start + token)[None, :] > position[:, None] - window)
-        score = tl.where(seen, score, float("-inf"))
-        # With a window a row may see nothing of a tile: its largest score stays finite.
-        new_largest = tl.maximum(tl.maximum(largest, tl.max(score, axis=1)), -1e30)
-        weight = tl.exp2(score - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(weight, axis=1)
-        value = _loaded(values, kv_at, inside, query.dtype, FLOAT8)
-        weighted = weighted * shrink[:, None] + tl.dot(
-            weight.to(query.dtype), value, input_precision="ieee"
-        )
-        largest = new_largest
-    result = weighted / tl.maximum(total, 1e-30)[:, None]
-    place = row.to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + column[None, :]
+    # What the last tile left to do: its weights times its values.
+    weight = tl.zeros([ROWS, TILE], tl.float32)
+    shrink = tl.full([ROWS], 1.0, tl.float32)
+    for partly in tl.static_range(2):
+        if partly:
+            tile, skipped = begin // TILE, stop_whole - whole
+            last = tl.cdiv(end, TILE) - skipped
+        else:
+            tile, skipped, last = whole, 0, stop_whole
+        start = _start(tile, whole, skipped, TILE, partly)
+        page = _page(table, start, ring, num_pages, PAGE)
+        before = _place(page, start, kv_head, kv_heads, HEAD_DIM, PAGE)
+        for number in range(tile, last):
+            place = _place(page, start, kv_head, kv_heads, HEAD_DIM, PAGE)
+            key = _loaded(keys + place + in_tile, in_head, HEAD_DIM != BLOCK, query.dtype, FLOAT8)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee")
+            if OVERLAPS and not partly:
+                weighted = _weighted(
+                    weight, weighted * shrink[:, None], values + before + in_tile, in_head,
+                    HEAD_DIM != BLOCK, query.dtype, FLOAT8,
+                )  # fmt: skip
+            if partly:
+                back = position[:, None] - (start + token)[None, :]
+                score = tl.where((back >= 0) & (back < lookback), score, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(score, axis=1))
+            weight = tl.exp2(score * log2_scale - (new_largest * log2_scale)[:, None])
+            shrink = tl.exp2((largest - new_largest) * log2_scale)
+            total = total * shrink + tl.sum(weight, axis=1)
+            largest = new_largest
+            if partly or not OVERLAPS:
+                # The mask keeps out what a page held before: 0 times NaN would stay NaN.
+                weighted = _weighted(
+                    weight, weighted * shrink[:, None], values + place + in_tile,
+                    (start + token < end)[:, None] & in_head, partly or HEAD_DIM != BLOCK,
+                    query.dtype, FLOAT8,
+                )  # fmt: skip
+            before = place
+            # A load whose address another load of the same turn finds is not pipelined: the next
+            # tile's page comes in this turn.
+            start = _start(number + 1, whole, skipped, TILE, partly)
+            page = _page(table, start, ring, num_pages, PAGE)
+        if OVERLAPS and not partly:
+            if last > tile:
+                weighted = _weighted(
+                    weight, weighted * shrink[:, None], values + before + in_tile, in_head,
+                    HEAD_DIM != BLOCK, query.dtype, FLOAT8,
+                )  # fmt: skip
+    result = weighted * (1.0 / tl.maximum(total, 1e-30))[:, None]
+    place = row.to(tl.int64)[:, None] * out_stride + (head * HEAD_DIM + column)[None, :]
     tl.store(out + place, result.to(query.dtype), mask=real)
 
 
 @triton.jit
-def _loaded(pool, at, inside, dtype: tl.constexpr, FLOAT8: tl.constexpr):
+def _start(number, whole, skipped, TILE: tl.constexpr, PARTLY: tl.constexpr):
+    """First token of a tile, counted without the `skipped` ones from tile `whole` on."""
+    if PARTLY:
+        number += tl.where(number >= whole, skipped, 0)
+    return number * TILE
+
+
+@triton.jit
+def _page(table, start, ring, num_pages, PAGE: tl.constexpr):
+    """Page of a token; a request's tokens go around its pages from page `ring` on at most once."""
+    index = start // PAGE - ring
+    index -= tl.where(index >= num_pages, num_pages, 0)
+    return tl.load(table + index).to(tl.int64)
+
+
+@triton.jit
+def _place(page, start, kv_head, kv_heads, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr):
+    """First element of a tile of a KV head."""
+    return ((page * kv_heads + kv_head) * PAGE + start % PAGE) * HEAD_DIM
+
+
+@triton.jit
+def _weighted(
+    weight, before, at, inside, MASKED: tl.constexpr, dtype: tl.constexpr, FLOAT8: tl.constexpr
+):
+    """A tile's values by weight, and what there was before."""
+    value = _loaded(at, inside, MASKED, dtype, FLOAT8)
+    return tl.dot(weight.to(dtype), value, before, input_precision="ieee")
+
+
+@triton.jit
+def _loaded(at, inside, MASKED: tl.constexpr, dtype: tl.constexpr, FLOAT8: tl.constexpr):
+    values = tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)
     if FLOAT8:
-        values = _from_e4m3(tl.load(pool + at, mask=inside, other=0)).to(dtype)
-    else:
-        values = tl.load(pool + at, mask=inside, other=0.0)
+        values = _from_e4m3(values).to(dtype)
     return values
 
 

@@ -189,11 +189,14 @@ def _prepare_products(plan: Plan) -> None:
     held = _SCALES.get(plan.format)
     if held is None:
         return
+    from oomproof.quantization.dequantize_cuda import prepare_rows
     from oomproof.quantization.products_tiled import prepare
 
     for planned in plan.devices_in_use:
         device = torch.device("cuda", planned.index)
-        prepare(getattr(torch, plan.compute_dtype), held, device)
+        dtype: torch.dtype = getattr(torch, plan.compute_dtype)
+        prepare(dtype, held, device)
+        prepare_rows(dtype, held, device)
 
 
 def versions() -> str:

@@ -70,8 +70,14 @@ class Pipeline:
             (requests, MAX_ALTERNATIVES), dtype=torch.int32, pin_memory=on_gpu
         )
         self._host_top_logprobs = torch.zeros((requests, MAX_ALTERNATIVES), pin_memory=on_gpu)
+        self._host_rows = self._host_inputs.numpy()
+        self._sizes: list[int] = []
+        self._steps: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        """(rows, greedy) → a whole step, copies from and to the host in it; on one device."""
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
         self._draw_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._is_read = False
+        """Whether what was drawn is on its way to the host already."""
 
     @contextmanager
     def streams(self) -> Iterator[None]:
@@ -95,7 +101,8 @@ class Pipeline:
     ) -> None:
         """A chunk of one request's prompt, and the token after it where `draws`."""
         rows = len(tokens)
-        self._send(tokens, range(position, position + rows), [slot] * rows)
+        self._write(tokens, range(position, position + rows), [slot] * rows, rows)
+        self._send()
         for number, device in enumerate(self.devices):
             if number:
                 self._hand_over(self.devices[number - 1], device, rows)
@@ -118,13 +125,14 @@ class Pipeline:
     ) -> None:
         """One token of each of several requests."""
         rows = len(tokens)
-        size = next((size for size in self.graph_sizes if size >= rows), rows)
-        padding = size - rows
-        self._send(
-            [*tokens, *[0] * padding],
-            [*positions, *[0] * padding],
-            [*slots, *[PADDING_SLOT] * padding],
-        )
+        size = next((size for size in self._sizes if size >= rows), rows)
+        self._write(tokens, positions, slots, size)
+        step = self._steps.get((size, greedy))
+        if step is not None:
+            step.replay()
+            self._is_read = True
+            return
+        self._send()
         graphs = self._graphs.get(size)
         for number, piece in enumerate(self._pieces(size)):
             if graphs is None:
@@ -140,7 +148,9 @@ class Pipeline:
 
     def read(self, rows: int, *, logprobs: bool) -> Drawn:
         """What the last step drew; waits for it."""
-        self._host_drawn.copy_(self._drawn, non_blocking=True)
+        if not self._is_read:
+            self._host_drawn.copy_(self._drawn, non_blocking=True)
+        self._is_read = False
         if logprobs:
             self._host_logprobs.copy_(self.sampler.logprobs, non_blocking=True)
             self._host_top_tokens.copy_(self.sampler.top_tokens, non_blocking=True)
@@ -157,7 +167,7 @@ class Pipeline:
     @property
     def graph_sizes(self) -> list[int]:
         """Rows of a decode step for which there are graphs, ascending."""
-        return sorted(self._graphs)
+        return list(self._sizes)
 
     def capture(self, chunk_tokens: int) -> None:
         """Runs every kind of step once, then records decode steps as CUDA graphs.
@@ -179,7 +189,8 @@ class Pipeline:
             for rows in sorted({min(rows, chunk_tokens) for rows in (1, 17, 33, 65, chunk_tokens)}):
                 self.prefill([0] * rows, 0, 0, draws=True, greedy=rows > 1, most_layers=most_layers)
             for rows in graph_sizes(self._requests):
-                self._send([0] * rows, [0] * rows, [PADDING_SLOT] * rows)
+                self._write([], [], [], rows)
+                self._send()
                 for number, device in enumerate(self.devices):
                     self._run_device(device, rows, most_layers=most_layers)
                     self._hand_over(device, self._followers[number], rows)
@@ -187,6 +198,13 @@ class Pipeline:
                     self._draw(rows, greedy=greedy)
                 self._wait()
                 if streamed:
+                    continue
+                self._sizes.append(rows)
+                if len(self.devices) == 1:
+                    for greedy in (True, False):
+                        self._steps[rows, greedy] = _recorded(
+                            self._head_device, partial(self._whole_step, rows, greedy=greedy)
+                        )
                     continue
                 pieces = self._pieces(rows)
                 graphs = [_recorded(piece.device, piece.run) for piece in pieces]
@@ -230,12 +248,29 @@ class Pipeline:
         draw = self.sampler.sample_greedy if greedy else self.sampler.sample
         draw(logits, slots, self._drawn[:rows])
 
-    def _send(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> None:
+    def _whole_step(self, rows: int, *, greedy: bool) -> None:
+        """A decode step on one device, from the host's rows to its drawn tokens."""
+        device = self._head_device
+        device.arena["inputs"].copy_(self._host_inputs, non_blocking=True)
+        self._run_device(device, rows)
+        self._hand_over(device, None, rows)
+        self._draw(rows, greedy=greedy)
+        self._host_drawn.copy_(self._drawn, non_blocking=True)
+
+    def _write(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], rows: int
+    ) -> None:
+        """Puts a call's rows where they are sent from; beyond those given is padding."""
         # The last copy must have left the host before its source is written again.
         for event in self._inputs_sent:
             event.synchronize()
-        rows = torch.tensor([list(tokens), list(positions), list(slots)], dtype=torch.int32)
-        self._host_inputs[:, : rows.shape[1]] = rows
+        given = len(tokens)
+        for row, values in zip(self._host_rows, (tokens, positions, slots), strict=True):
+            row[:given] = values
+        self._host_rows[:2, given:rows] = 0
+        self._host_rows[2, given:rows] = PADDING_SLOT
+
+    def _send(self) -> None:
         for number, device in enumerate(self.devices):
             device.arena["inputs"].copy_(self._host_inputs, non_blocking=True)
             if device.stream is not None:

@@ -13,6 +13,7 @@ import torch
 from oomproof.engine.native.arena import Arena
 from oomproof.engine.native.kv_pool import KVPool
 from oomproof.engine.native.linears import StepNorm, TiledLinears
+from oomproof.engine.native.norm_cuda import add_rms_norm_step, supports_norm
 from oomproof.engine.native.operators import add_rms_norm, attend, rotate_and_store, silu_mul
 from oomproof.engine.native.step import step_attention
 from oomproof.engine.native.weights import LayerWeights, StepProducts
@@ -120,17 +121,18 @@ class Layers:
         normed = self._normed[: len(out)]
         eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
         if not product.normalises(len(out)):
-            add_rms_norm(states[0], normed, norm_weight, eps, multiplier, adds)
+            norm = add_rms_norm_step if supports_norm(normed) else add_rms_norm
+            norm(states[0], normed, norm_weight, eps, multiplier, adds)
             product.step(normed, out, self._scratch, gated=gated)
             return
-        norm = StepNorm(
+        before = StepNorm(
             update=normed if adds else None,
             weight=norm_weight,
             hidden_out=states[1],
             eps=eps,
             multiplier=multiplier,
         )
-        product.step(states[0], out, self._scratch, norm=norm, gated=gated)
+        product.step(states[0], out, self._scratch, norm=before, gated=gated)
         states.reverse()
 
     def _parts(
