@@ -123,7 +123,7 @@ for _kind, _bandwidth, _flops, _batch in (
         measured=_NATIVE_SOURCE,
         # Of 4 bits' fused layers; the others have launches between their products.
         added_overhead_s=18.5e-6 if _kind == "4-bit" else 0.04e-3,
-        attention_flops_efficiency=0.43,
+        attention_flops_efficiency=0.85,
         batch_step_factor=_batch,
         batch_flops_efficiency=0.135 if _kind == "4-bit" else None,
     )

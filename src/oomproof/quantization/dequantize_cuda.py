@@ -94,6 +94,7 @@ def prepare_rows(dtype: torch.dtype, scales: torch.dtype, device: torch.device) 
     """Compiles (or reads) and loads the kernel."""
     if dtype in _OUTPUTS:
         with torch.cuda.device(device):
+            torch.cuda.synchronize(device)
             _kernel(dtype, scales, _device(device)[1]).prepare()
 
 

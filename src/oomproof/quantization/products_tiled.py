@@ -104,6 +104,8 @@ def prepare(
     variants = [variant_of(template, dtype, scales, warps) for template, warps in chosen]
     load_modules(PRODUCT_4BIT, variants, gpu.capability)
     with torch.cuda.device(device):
+        # The driver is asked about kernels of a context: there may be none yet.
+        torch.cuda.synchronize(device)
         for template, warps in chosen:
             product, finish = kernels_of(template, dtype, scales, warps, gpu.capability)
             product.prepare(shared_limit)

@@ -11,6 +11,7 @@ import torch
 from oomproof.engine.messages import Request, SamplingOptions, TokenEvent
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.models.resolve import bundled_folder
+from oomproof.session import plan
 from tests.compat.checkpoints import random_checkpoint
 from tests.engine.native.test_engine import (
     FAMILIES,
@@ -149,16 +150,18 @@ def test_two_gpus_answer_as_one(family: str, tmp_path: Path) -> None:
     requests = [request(str(number), prompt, 60) for number, prompt in enumerate(asked)]
     whole = engine_of(folder, format="fp32", context=256, concurrency=3)
     expected = run(whole, requests)
-    [device] = whole.measured_terms().values()
     whole.close()
-    # A little less than everything on the first GPU: the rest has to go to the second.
-    least = device.cuda_context + device.workspace + 64 * 2**20
+    # A little less than everything on either GPU.
+    [device] = plan(
+        folder, engine="native", format="fp32", context=256, concurrency=3
+    ).devices_in_use
+    limit = device.peak_bytes - device.terms.weights // 4
     split = engine_of(
         folder,
         format="fp32",
         context=256,
         concurrency=3,
-        max_memory={0: least + device.weights // 2, 1: "8GiB"},
+        max_memory={0: limit, 1: limit},
     )
     assert len(split.measured_terms()) == 2
     assert run(split, requests) == expected
