@@ -41,6 +41,14 @@ def test_running_out_of_memory_stays_what_it_is() -> None:
         Warming(fail).join()
 
 
+def test_what_has_words_of_its_own_keeps_them() -> None:
+    def fail() -> None:
+        raise MissingDependencyError("NVRTC", install="pip install nvidia-cuda-nvrtc")
+
+    with pytest.raises(MissingDependencyError, match="pip install nvidia-cuda-nvrtc"):
+        Warming(fail).join()
+
+
 def test_a_gpu_without_triton_names_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warm, "find_spec", lambda _name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'oomproof\[run\]'"):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from oomproof.errors import LoadError, MissingDependencyError
+from oomproof.errors import LoadError, MissingDependencyError, OomproofError
 
 
 class Warming:
@@ -29,9 +29,10 @@ class Warming:
 
         Raises:
             LoadError: Kernels cannot be compiled or launched here.
+            OomproofError: What has words of its own: a missing package, NVRTC's refusal.
         """
         self._thread.join()
-        if isinstance(self._error, torch.OutOfMemoryError):
+        if isinstance(self._error, (torch.OutOfMemoryError, OomproofError)):
             raise self._error
         if self._error is not None:
             lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
