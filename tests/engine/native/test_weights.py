@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 
 from oomproof.engine.native.layout import lay_out_block
 from oomproof.engine.native.linears import TiledLinears
-from oomproof.engine.native.weights import LayerWeights, Parameter
+from oomproof.engine.native.weights import LayerWeights, Parameter, StepProducts
 from oomproof.models.resolve import bundled_folder
 from oomproof.quantization.tiles import untile_codes, untile_scale_rows
 from tests.engine.native.layers import Shape, fill, layer_tensors
@@ -110,3 +112,43 @@ def test_an_engine_answers_the_same_from_tiles(
     assert layers._weights(0).qkv.tiled is not None
     assert run(in_tiles, asked) == expected
     in_tiles.close()
+
+
+@pytest.mark.parametrize("normalises", [(True,), (False,), (True, False, False)])
+def test_an_engine_answers_the_same_in_fused_steps(
+    normalises: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of a GPU by the operators' references, with norms fused or not, or by turns."""
+    options = {"compute_dtype": "float32", "kv_format": "fp32", "context": 256, "concurrency": 3}
+    asked = [request(str(n), prompt, 12) for n, prompt in enumerate(prompts(3, 2048, 60))]
+    row_major = engine_of(bundled_folder(), format="nf4-dq", **options)
+    expected = run(row_major, asked)
+    row_major.close()
+
+    def in_steps(layer: LayerWeights) -> StepProducts:
+        qkv, o, gate_up, down = (
+            part.tiled for part in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
+        assert qkv is not None
+        assert o is not None
+        assert gate_up is not None
+        assert down is not None
+        return StepProducts(qkv=qkv, o=o, gate_up=gate_up, down=down)
+
+    turns = cycle(normalises)
+    steps: list[int] = []
+
+    def normalises_now(_product: TiledLinears, tokens: int) -> bool:
+        steps.append(tokens)
+        return next(turns)
+
+    monkeypatch.setattr(
+        "oomproof.engine.native.device.lay_out_block",
+        lambda unit, name, **_: lay_out_block(unit, name, tiled=True),
+    )
+    monkeypatch.setattr(LayerWeights, "_step_products", in_steps)
+    monkeypatch.setattr(TiledLinears, "normalises", normalises_now)
+    fused = engine_of(bundled_folder(), format="nf4-dq", **options)
+    assert run(fused, asked) == expected
+    assert steps
+    fused.close()
