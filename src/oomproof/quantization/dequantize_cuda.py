@@ -45,6 +45,7 @@ def _variant(dtype: torch.dtype, scales: torch.dtype) -> Variant:
 
 DEQUANTIZE = Source(
     path="quantization/cuda/dequantize_tiles.cu",
+    headers=("kernels/cuda/sixteen_bits.cuh",),
     variants=tuple(_variant(dtype, scales) for dtype in _OUTPUTS for scales in _SCALES),
     parameters=(DequantizeParams,),
 )

@@ -83,7 +83,6 @@ def compare_elementwise(device: torch.device, dtype: torch.dtype, bound: float) 
 def compare_attention(case: Case, device: torch.device, bound: float) -> None:
     """Chunks of one request, over the border of its ring where it has a window, then a step."""
     generator = torch.Generator().manual_seed(1)
-    kernels = _kernels()
     rotary = torch.empty(2, 1024, case.head_dim // 2)
     fill_rotary(rotary, RopeSpec(theta=1e4), case.head_dim)
     # A window and a chunk lie in two pages at most here, which all tokens go around.
@@ -114,7 +113,7 @@ def compare_attention(case: Case, device: torch.device, bound: float) -> None:
             expected_qkv, rotary, *placed, *expected_pools, *expected_norms, 1e-6
         )
         there = tuple(tensor.to(device) for tensor in placed)
-        kernels.rotate_and_store(
+        _kernels().rotate_and_store(
             found_qkv,
             rotary.to(device),
             *there,
@@ -128,7 +127,7 @@ def compare_attention(case: Case, device: torch.device, bound: float) -> None:
         operators.attend(
             expected_qkv, *placed, *expected_pools, expected, partials, scale, window, one_request
         )
-        kernels.attend(
+        _attention().attend(
             found_qkv, *there, *pools, found, partials.to(device), scale, window, one_request
         )
         queries = case.heads * case.head_dim
@@ -183,6 +182,12 @@ def _kernels() -> Any:
     from oomproof.engine.native import kernels_triton
 
     return kernels_triton
+
+
+def _attention() -> Any:
+    from oomproof.engine.native import attend_triton
+
+    return attend_triton
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class NormParams(ctypes.Structure):
 
 NORM = Source(
     path="engine/native/cuda/norm.cu",
+    headers=("kernels/cuda/sixteen_bits.cuh",),
     variants=tuple(Variant(defines={"INPUT": number}) for number in range(len(_INPUTS))),
     parameters=(NormParams,),
 )

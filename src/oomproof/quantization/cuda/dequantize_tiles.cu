@@ -5,9 +5,8 @@
 //
 // Macros: OUTPUT 0 bfloat16, 1 float16; SCALES 0 float32, 1 double quantized, 2 bfloat16.
 
-typedef unsigned char uint8;
-typedef unsigned short uint16;
-typedef unsigned int uint32;
+#define SIXTEEN_BITS OUTPUT
+#include "sixteen_bits.cuh"
 
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * 32;
@@ -36,23 +35,6 @@ constexpr int SCALE_BYTES = 1;
 #else
 constexpr int SCALE_BYTES = 2;
 #endif
-
-__device__ __forceinline__ uint32 pack(float first, float second) {
-  uint32 pair;
-#if OUTPUT == 0
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
-  return pair;
-}
-
-__device__ __forceinline__ uint4 stream16(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-  return v;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 dequantize_tiles(const __grid_constant__ DequantizeParams p) {

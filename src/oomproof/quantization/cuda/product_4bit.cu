@@ -19,10 +19,8 @@
 // quantized, 2 in 16 bits (bfloat16); WARPS of a block; DEPTH steps that are fetched ahead; BLOCKS
 // that a multiprocessor has room for.
 
-typedef unsigned char uint8;
-typedef unsigned short uint16;
-typedef unsigned int uint32;
-typedef unsigned long long uint64;
+#define SIXTEEN_BITS INPUT
+#include "sixteen_bits.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int COLUMNS = TOKENS < 8 ? TOKENS : 8;   // of a matrix product that are tokens
@@ -80,54 +78,8 @@ struct Params {
   float multiplier;            // of the update
 };
 
-__device__ __forceinline__ float low(uint32 pair) {
-#if INPUT == 0
-  return __uint_as_float(pair << 16);
-#else
-  float value;
-  asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(value) : "r"(pair));
-  return value;
-#endif
-}
-
-__device__ __forceinline__ float high(uint32 pair) {
-#if INPUT == 0
-  return __uint_as_float(pair & 0xffff0000u);
-#else
-  float value;
-  asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(value) : "r"(pair));
-  return value;
-#endif
-}
-
-__device__ __forceinline__ uint32 pack(float first, float second) {
-  uint32 pair;
-#if INPUT == 0
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
-  return pair;
-}
-
 __device__ __forceinline__ float rounded(float value) { return low(pack(value, 0.0f)); }
 __device__ __forceinline__ float number(uint16 bits) { return low(bits); }
-
-// Weights are read once: they need not stay in the first cache.
-__device__ __forceinline__ uint4 stream16(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-  return v;
-}
-
-// What another kernel has just written is not taken from the first cache.
-__device__ __forceinline__ uint4 fresh16(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3},[%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-  return v;
-}
 
 __device__ __forceinline__ void multiply(float (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3,
                                          uint32 b0, uint32 b1) {
@@ -140,18 +92,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], uint32 a0, uint32 a1, ui
       "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 extern __shared__ __align__(256) uint8 shared[];

@@ -5,8 +5,8 @@
 //
 // Macros: INPUT 0 bfloat16, 1 float16.
 
-typedef unsigned short uint16;
-typedef unsigned int uint32;
+#define SIXTEEN_BITS INPUT
+#include "sixteen_bits.cuh"
 
 constexpr int THREADS = 256;
 constexpr int CHUNKS = 8;  // of 8 elements, a thread's
@@ -23,44 +23,6 @@ struct NormParams {
   float multiplier;
 };
 
-__device__ __forceinline__ float low(uint32 pair) {
-#if INPUT == 0
-  return __uint_as_float(pair << 16);
-#else
-  float value;
-  asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(value) : "r"(pair));
-  return value;
-#endif
-}
-
-__device__ __forceinline__ float high(uint32 pair) {
-#if INPUT == 0
-  return __uint_as_float(pair & 0xffff0000u);
-#else
-  float value;
-  asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(value) : "r"(pair));
-  return value;
-#endif
-}
-
-__device__ __forceinline__ uint32 pack(float first, float second) {
-  uint32 pair;
-#if INPUT == 0
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
-  return pair;
-}
-
-// What another kernel has just written is not taken from the first cache.
-__device__ __forceinline__ uint4 fresh16(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3},[%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-  return v;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) normalise(const __grid_constant__ NormParams p) {
   __shared__ float sums[THREADS / 32];
   const int thread = threadIdx.x, chunks = p.columns >> 3;
@@ -72,10 +34,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalise(const __grid_con
     const int c = k * THREADS + thread;
     weights[k] = c < chunks ? __ldg((const uint4*)p.weight + c) : make_uint4(0, 0, 0, 0);
   }
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   #pragma unroll
   for (int k = 0; k < CHUNKS; k++) {
     const int c = k * THREADS + thread;
