@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from oomproof.hardware.probe import probe
 
@@ -210,9 +211,16 @@ ROWS |= NATIVE | FURTHER
 
 def rehearse(name: str) -> dict[str, object]:
     """One row, in a process of its own."""
+    # Imported here, so that no row waits for it.
+    from oomproof.cli.main import main as command_line
+
+    def run() -> None:
+        sys.argv = ["oomproof", "rehearse", row.model, *row.options, "--no-note", "--json"]
+        command_line()
+
     row = ROWS[name]
     started = time.perf_counter()
-    exit_code, output = _in_a_child(["rehearse", row.model, *row.options, "--no-note", "--json"])
+    exit_code, output = in_a_child(run)
     found = json.loads(output) if output else {}
     return {
         "benchmark": "rehearsals",
@@ -221,29 +229,27 @@ def rehearse(name: str) -> dict[str, object]:
         "wall_s": round(time.perf_counter() - started, 1),
         "cap": row.cap,
         "max_memory": row.max_memory,
-        **_machine(),
+        **machine(),
         **found,
     }
 
 
-def _in_a_child(arguments: list[str]) -> tuple[int, str]:
-    """(exit code, stdout) of the command line in a fork of this process.
+def in_a_child(run: Callable[[], None]) -> tuple[int, str]:
+    """(exit code, stdout) of a call in a fork of this process.
 
     A fork has torch imported already, which takes seconds, and its own CUDA context: this process
     never makes one.
     """
     import torch  # noqa: F401
 
-    from oomproof.cli import main as command_line
-
+    sys.stdout.flush()
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if not child:
             os.dup2(output.fileno(), sys.stdout.fileno())
-            sys.argv = ["oomproof", *arguments]
             code = 1
             try:
-                command_line.main()
+                run()
                 code = 0
             except SystemExit as error:
                 code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -257,7 +263,8 @@ def _in_a_child(arguments: list[str]) -> tuple[int, str]:
         return os.waitstatus_to_exitcode(status), output.read()
 
 
-def _machine() -> dict[str, object]:
+def machine() -> dict[str, object]:
+    """Where and with what something was measured; no CUDA context is made for it."""
     import torch
 
     import oomproof
@@ -271,9 +278,16 @@ def _machine() -> dict[str, object]:
         "versions": {
             "oomproof": oomproof.__version__,
             "torch": torch.__version__,
-            **{name: version(name) for name in ("triton", "transformers", "bitsandbytes")},
+            **{name: _version(name) for name in ("triton", "transformers", "bitsandbytes")},
         },
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def check() -> None:

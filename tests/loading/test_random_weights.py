@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from oomproof.errors import LoadError
 from oomproof.loading.pipeline import Limits, load_random
+from oomproof.loading.random_weights import in_turn
 from tests.loading.loads import RANDOM_SPEC, Places, Receiver, random_weights, same_bits, tiny_spec
 
 
@@ -50,3 +55,13 @@ def test_a_load_of_nothing_is_told_of_too() -> None:
     told: list[tuple[int, int]] = []
     report = load_random(tiny_spec({}), [], progress=lambda *done: told.append(done))
     assert (report.bytes, report.tensors, told) == (0, 0, [(0, 0)])
+
+
+def test_devices_take_turns_and_each_keeps_its_order() -> None:
+    devices = [torch.device("cuda", index) for index in (0, 0, 0, 1, 2, 2)]
+    work: list[Any] = [
+        (SimpleNamespace(pair=SimpleNamespace(device=device)), number)
+        for number, device in enumerate(devices)
+    ]
+    assert list(in_turn(work)) == [work[number] for number in (0, 3, 4, 1, 5, 2)]
+    assert list(in_turn([])) == []

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from hashlib import blake2b
+from itertools import zip_longest
 
 import torch
 
@@ -19,6 +20,9 @@ from oomproof.units import MIB
 
 _BLOCK = 4 * MIB
 """Values that come from one seed."""
+
+Made = tuple[Slice, TensorSpec]
+"""A slice, and the tensor that it is of."""
 
 
 def load_random(
@@ -52,7 +56,7 @@ def load_random(
             slices = [one for one, _ in work if one.pair.device == device]
             makers[device] = _Maker(device, slices, seed=seed)
             stack.callback(makers[device].close)
-        for one, tensor in work:
+        for one, tensor in in_turn(work):
             makers[one.pair.device].make(one, tensor)
             ticker.add(one.size_bytes)
         for pair, _ in pairs:
@@ -69,6 +73,15 @@ def load_random(
         pinned_bytes=0,
         device_staging_bytes=staging,
     )
+
+
+def in_turn(work: Sequence[Made]) -> Iterator[Made]:
+    """Slices of all devices in turn, each device's in their order: so the devices work at once."""
+    queues: dict[torch.device, list[Made]] = {}
+    for made in work:
+        queues.setdefault(made[0].pair.device, []).append(made)
+    for turn in zip_longest(*queues.values()):
+        yield from (made for made in turn if made is not None)
 
 
 class _Maker:

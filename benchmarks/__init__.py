@@ -1,0 +1,1 @@
+"""Scripts that measure, and their results. What a script says of itself is how it is run."""
