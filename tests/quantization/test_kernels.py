@@ -123,7 +123,7 @@ def test_hard_values_are_quantized_as_the_reference_does(format_name: str) -> No
     # Peaks of 1 and of 448 / 448, so that codes and thresholds are met exactly.
     weight[4:, ::64] = 1.0
     if format_name.startswith("fp4") and not INTERPRETED:
-        # Its division on a GPU knows no peaks below the smallest normal number, as bitsandbytes' own.
+        # As bitsandbytes' own, its division on a GPU knows no peaks below the least normal number.
         weight = torch.cat((weight[:2], weight[3:]))
     weight = weight.to(DEVICE)
     expected = handler(format_name).encode(weight)
