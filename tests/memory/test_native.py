@@ -18,7 +18,6 @@ from oomproof.memory.model import Demand, MemoryModel, WeightCosts
 from oomproof.memory.native import (
     CHUNK_TOKENS,
     DECODE_SPLITS,
-    SLICE_ROWS,
     SPLIT_TOKENS,
     Share,
     StepShape,
@@ -34,6 +33,7 @@ from oomproof.memory.native import (
 )
 from oomproof.memory.profiles import EngineProfile, engine_profile
 from oomproof.memory.sampler import sampler_buffers
+from oomproof.memory.slices import SLICE_BYTES, SLICE_ROWS, UP_ROWS
 from oomproof.models.resolve import resolve
 from oomproof.models.spec import AttentionSpec, ModelSpec
 from oomproof.units import MIB, round_up
@@ -93,15 +93,15 @@ def attention(window: int | None = None) -> AttentionSpec:
         (None, 256, 1),
         (None, 257, 2),
         (None, 8192, 32),
-        # A window of 4,096 and a chunk of 1,024 that may begin inside a page.
-        (4096, 131_072, 21),
-        (4096, 5376, 21),
+        # A window of 4,096 and a chunk of 2,048 that may begin inside a page.
+        (4096, 131_072, 25),
+        (4096, 6400, 25),
         # Shorter contexts never need a ring.
-        (4096, 5120, 20),
+        (4096, 6144, 24),
         (4096, 256, 1),
         # Chunks are no longer than the context.
         (100, 300, 2),
-        (1, 100_000, 6),
+        (1, 100_000, 10),
         (200_000, 8192, 32),
     ],
 )
@@ -153,7 +153,7 @@ def test_the_cache_of_sliding_layers_stops_growing() -> None:
     short, long = (memory_model(spec, context=context).kv_bytes() for context in (8192, 131_072))
     assert short == long
     everything = replace(attention(), num_key_value_heads=4, key_head_dim=16, value_head_dim=16)
-    assert long == 4 * 21 * PAGE_TOKENS * 2 * 4 * 16 * 2
+    assert long == 4 * 25 * PAGE_TOKENS * 2 * 4 * 16 * 2
     assert long < 4 * layer_kv_bytes(everything, context=8192, concurrency=1, dtype=DType.BFLOAT16)
 
 
@@ -165,16 +165,16 @@ def test_the_cache_of_sliding_layers_stops_growing() -> None:
     [
         (1, 1, 256, 256),
         (257, 1, 512, 512),
-        (8192, 1, 1024, 1024),
-        (8192, 1024, 1024, 1024),
-        (8192, 1025, 1024, 1025),
+        (8192, 1, 2048, 2048),
+        (8192, 2048, 2048, 2048),
+        (8192, 2049, 2048, 2049),
         (256, 4096, 256, 4096),
     ],
 )
 def test_a_call_has_a_chunk_of_a_prompt_or_a_token_of_every_request(
     context: int, requests: int, chunk: int, step: int
 ) -> None:
-    assert CHUNK_TOKENS == 1024
+    assert CHUNK_TOKENS == 2048
     assert chunk_tokens(context) == chunk
     assert step_tokens(replace(SHAPE, context=context, concurrency=requests)) == step
 
@@ -219,7 +219,7 @@ def test_attention_of_a_step_is_split_by_context(context: int, splits: int) -> N
 
 def test_the_buffers_of_8b_are_those_computed_by_hand() -> None:
     sizes = {one.name: one.size_bytes for one in step_buffers(known("llama-3.1-8b"), SHAPE)}
-    tokens, requests, vocabulary = 1024, 4, 128_256
+    tokens, requests, vocabulary = 2048, 4, 128_256
     assert {name: size for name, size in sizes.items() if not name.startswith("sampler.")} == {
         "inputs": 3 * tokens * 4,
         "hidden": tokens * 4096 * 2,
@@ -234,7 +234,6 @@ def test_the_buffers_of_8b_are_those_computed_by_hand() -> None:
         "step_partials": (512 + requests * 8) * (4 * 128 + 4 * 128 // 2) * 4,
         "counters": requests * 8 * 8 * 4,
         "hidden_next": requests * 4096 * 2,
-        "gate_up": tokens * 2 * 14_336 * 2,
         "gated": tokens * 14_336 * 2,
         "last_hidden": requests * 4096 * 2,
         "head_out": requests * vocabulary * 2,
@@ -255,8 +254,8 @@ def test_layers_that_look_back_equally_far_share_a_table_of_pages() -> None:
         for one in step_buffers(known("ministral"), SHAPE)
         if one.name.startswith("pages.")
     }
-    # Half of its layers see 32 tokens; a chunk of 1,024 may begin inside a page.
-    assert tables == {"pages.0": (4, 32), "pages.32": (4, 6)}
+    # Half of its layers see 32 tokens; a chunk of 2,048 may begin inside a page.
+    assert tables == {"pages.0": (4, 32), "pages.32": (4, 10)}
 
 
 def test_a_device_without_layers_or_head_has_no_buffers_for_them() -> None:
@@ -273,11 +272,14 @@ def test_a_device_without_layers_or_head_has_no_buffers_for_them() -> None:
     assert head | names(layers=True, head=False) == names(layers=True, head=True)
 
 
-def test_only_quantized_weights_need_scratch() -> None:
+def test_unquantized_weights_need_scratch_where_up_waits_for_its_gate_alone() -> None:
     plain = replace(SHAPE, quantized=False)
-    for name in ("llama", "llama-3.1-405b"):
-        sizes = {one.name: one.size_bytes for one in step_buffers(known(name), plain)}
-        assert sizes["scratch"] == scratch_bytes(known(name), plain) == 0
+    for name, rows in (("llama-3.2-1b", 4096), ("llama-3.1-405b", 4096), ("llama", 96)):
+        spec = known(name)
+        assert rows in {UP_ROWS, spec.intermediate_size}
+        sizes = {one.name: one.size_bytes for one in step_buffers(spec, plain)}
+        assert sizes["scratch"] == scratch_bytes(spec, plain) == 2048 * rows * 2
+        assert scratch_bytes(spec, replace(plain, has_layers=False)) == 0
 
 
 def test_scratch_holds_slices_of_the_widest_weight() -> None:
@@ -286,6 +288,17 @@ def test_scratch_holds_slices_of_the_widest_weight() -> None:
         assert scratch_bytes(known(name), SHAPE) == SLICE_ROWS * columns * 2
         in_float32 = replace(SHAPE, compute_dtype=DType.FLOAT32)
         assert scratch_bytes(known(name), in_float32) == SLICE_ROWS * columns * 4
+    # 16 MiB where up waits, and a slice beside it.
+    assert scratch_bytes(known("llama-3.2-1b"), SHAPE) == 16 * MIB + SLICE_BYTES
+
+
+def test_an_8b_has_no_more_workspace_than_a_chunk_of_1024_took() -> None:
+    """Where gate and up were whole beside each other."""
+    spec = known("llama-3.1-8b")
+    for quantized, then in ((True, 160), (False, 104)):
+        shape = replace(SHAPE, concurrency=1, quantized=quantized)
+        layers = step_layout(spec, replace(shape, has_head=False))
+        assert layers.size_bytes < (then + 8) * MIB
 
 
 @law
@@ -411,7 +424,7 @@ def test_ranks_share_heads_and_width_and_nothing_else(context: int, requests: in
     spec = known("llama-3.1-8b")
     whole = replace(SHAPE, context=context, concurrency=requests)
     half = replace(whole, share=Share(rank=1, ranks=2))
-    split = {"qkv", "attended", "partials", "gate_up", "gated", "counters"}
+    split = {"qkv", "attended", "partials", "gated", "counters"}
     # A GPU's blocks are as many with few heads.
     not_all = {"step_partials"}
     for one, part in zip(step_buffers(spec, whole), step_buffers(spec, half), strict=True):

@@ -77,7 +77,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
     monkeypatch.setattr(JITFunction, "run", run)
     for module in (products_cuda, quantize_triton):
         for name in vars(operators).keys() & vars(module).keys():
-            if name.startswith(("linear_", "quantize_")):
+            if name.startswith(("gated_", "linear_", "quantize_")):
                 monkeypatch.setattr(operators, name, getattr(module, name))
     return found
 
@@ -105,6 +105,8 @@ def launch_tiled(dtype: torch.dtype) -> None:
             weights = tiled_set(name, [parts, parts], columns, in_turn=True)
             x, out = random_input(65, columns, dtype), torch.empty(65, 128, dtype=dtype)
             operators.linear_4bit_tiled(x, *weights.arguments(), out, scratch)
+            gated = torch.empty(65, 64, dtype=dtype)
+            operators.gated_4bit_tiled(x, *weights.arguments(), [], gated, scratch)
             copy_tiles(weights.codes[::2], weights.codes[1::2])
 
 

@@ -22,7 +22,7 @@ from tests.quantization.weights import random_input, random_weight, same_bits, t
 DEVICE = "cuda"
 FORMATS = ("nf4", "nf4-dq", "fp4-dq", "int4")
 ERRORS = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
-TOKENS = (1, 2, 3, 5, 7, 8, 9, 16, 17, 32)
+TOKENS = (1, 2, 3, 5, 7, 8, 9, 16, 17, 32, 64)
 SHAPES = ((16, 128), (48, 640), (6144, 4096), (112, 896), (64, 11008), (4096, 14336))
 SETS = ("one", "three", "in turn")
 SCRATCH_BYTES = 1 << 24
@@ -333,7 +333,7 @@ def test_products_are_the_same_on_the_smallest_gpu(
 @pytest.mark.parametrize("shape", [(48, 640), (4096, 14336), (8192, 28672)])
 def test_the_least_scratch_only_makes_pieces_smaller(shape: tuple[int, int]) -> None:
     weights = weights_of("nf4-dq", shape, "one")
-    for tokens in (1, 8, 32):
+    for tokens in (1, 8, 64):
         scratch = new_scratch(least_scratch_bytes("nf4-dq", tokens, *shape))
         x = random_input(tokens, shape[1], torch.bfloat16).to(DEVICE)
         check([plain(weights, x, scratch)], scratch)

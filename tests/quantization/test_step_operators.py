@@ -145,6 +145,19 @@ def test_each_linear_has_its_bias_in_front_of_the_gate(
     assert error_of(out, expected) < 5e-6
 
 
+@pytest.mark.parametrize("format_name", TILED)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_prompts_gate_and_up_are_those_of_a_step(format_name: str, biased: bool) -> None:
+    arguments = linears(format_name, (48, 48), in_turn=True).tiled.arguments()
+    x, out, step = random_input(3, COLUMNS), torch.empty(3, 48), torch.empty(3, 48)
+    biases = [random_vector(n, torch.float32)[-48:] for n in (48, 49)] if biased else []
+    fused = (*arguments, biases, True, step, NO_SCRATCH)
+    step_linear_4bit(x, None, None, None, EPS, 1.0, *fused)
+    operators.gated_4bit_tiled(x, *arguments, biases, out, NO_SCRATCH)
+    assert same_bits(out, step)
+    opcheck(operators.gated_4bit_tiled._call, (x, *arguments, biases, out, torch.zeros(0)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_rounds_where_the_separate_operations_do(dtype: torch.dtype) -> None:
     weights = linears("nf4-dq", (32, 32), in_turn=True)

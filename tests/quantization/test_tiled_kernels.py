@@ -38,8 +38,10 @@ if INTERPRETED:
     from oomproof.quantization import products_cuda
 
     linear_4bit_tiled = products_cuda.linear_4bit_tiled
+    gated_4bit_tiled = products_cuda.gated_4bit_tiled
 else:
     linear_4bit_tiled = operators.linear_4bit_tiled
+    gated_4bit_tiled = operators.gated_4bit_tiled
 
 
 def scratch_of(size: int = SCRATCH_BYTES) -> torch.Tensor:
@@ -100,6 +102,42 @@ def test_a_sets_product_is_that_of_its_linears_side_by_side(format_name: str, to
                 error = (out[:, 2:-2].double() - expected).norm() / expected.norm()
                 assert float(error) < PRODUCT_ERRORS[dtype], (dtype, rows, size)
                 assert bool(out[:, [0, 1, -2, -1]].isnan().all())
+
+
+@pytest.mark.parametrize("format_name", DEQUANTIZED)
+@pytest.mark.parametrize("tokens", [7] if INTERPRETED else [1, 33, 64, 65, 300])
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gate_and_up_are_multiplied_slice_by_slice(
+    format_name: str, tokens: int, in_turn: bool, biased: bool
+) -> None:
+    width, columns = 48, 640
+    encoded = [
+        handler(format_name).encode(random_weight((width, columns), seed=n).to(DEVICE))
+        for n in (0, 1)
+    ]
+    weights = tiled_set(format_name, encoded, columns, in_turn=in_turn)
+    exact = [
+        handler(format_name).decode(parts, (width, columns), torch.float32).double()
+        for parts in encoded
+    ]
+    for dtype in (torch.bfloat16,) if INTERPRETED else DTYPES:
+        x = random_input(tokens, columns, dtype).to(DEVICE)
+        biases = [random_weight((1, width), dtype, seed=n)[0].to(DEVICE) for n in (2, 3) if biased]
+        gate, up = (
+            x.double() @ weight.t() + (biases[n].double() if biased else 0)
+            for n, weight in enumerate(exact)
+        )
+        expected = gate / (1 + (-gate).exp()) * up
+        arguments = (*weights.arguments(), biases)
+        # All at once; in slices, that end within a tile and whose gates' places are others'.
+        least = 20 * columns * dtype.itemsize + 4 * tokens * width * dtype.itemsize + 512
+        for size in (SCRATCH_BYTES, least):
+            out = torch.full((tokens, width + 4), float("nan"), dtype=dtype, device=DEVICE)
+            gated_4bit_tiled(x, *arguments, out[:, 2:-2], scratch_of(size))
+            error = (out[:, 2:-2].double() - expected).norm() / expected.norm()
+            assert float(error) < 2 * PRODUCT_ERRORS[dtype], (dtype, size)
+            assert bool(out[:, [0, 1, -2, -1]].isnan().all())
 
 
 @pytest.mark.parametrize("format_name", DEQUANTIZED)

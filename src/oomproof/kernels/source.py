@@ -31,6 +31,7 @@ DECLARED_IN = (
     "oomproof.engine.native.attend_cuda",
     "oomproof.engine.native.norm_cuda",
     "oomproof.quantization.dequantize_cuda",
+    "oomproof.quantization.gate_cuda",
     "oomproof.quantization.product_4bit",
 )
 """Modules that declare sources. Names, for they are imported by nobody who only plans."""

@@ -10,17 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oomproof.formats import DType, ceil_div
-from oomproof.memory.arena import Buffer, Layout, lay_out
+from oomproof.memory.arena import ALIGNMENT_BYTES, Buffer, Layout, lay_out
 from oomproof.memory.kv_cache import PAGE_TOKENS, planned_tokens
 from oomproof.memory.sampler import sampler_buffers
+from oomproof.memory.slices import SLICE_BYTES, SLICE_ROWS, up_rows
 from oomproof.models.spec import AttentionSpec, ModelSpec
-from oomproof.units import MIB
+from oomproof.units import MIB, round_up
 
-CHUNK_TOKENS = 1024
-"""A prompt is processed this many tokens at a time."""
-SLICE_ROWS = 2048
-"""Rows of a weight that are dequantized at once: with a chunk of a prompt they make enough tiles to
-keep every multiprocessor of an H200 busy."""
+CHUNK_TOKENS = 2048
+"""A prompt is processed this many tokens at a time; quantized weights are dequantized for each."""
 _LEAST_SCRATCH_BYTES = 32 * MIB
 PINNED_BYTES = 256 * MIB
 """Page-locked host memory that a checkpoint's bytes pass through."""
@@ -192,12 +190,6 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
                 phase="attention",
             ),
             Buffer(name="step_partials", shape=(partials,), dtype=DType.FLOAT32, phase="attention"),
-            Buffer(
-                name="gate_up",
-                shape=(tokens, 2 * width),
-                dtype=compute,
-                phase="mlp",
-            ),
             Buffer(name="gated", shape=(tokens, width), dtype=compute, phase="mlp"),
         ]
     if shape.has_head:
@@ -214,13 +206,34 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
     return tuple(buffers)
 
 
+def up_bytes(*, tokens: int, hidden: int, width: int, itemsize: int) -> int:
+    """The end of scratch where the MLP's up projection waits for its gate, slice after slice.
+
+    Args:
+        tokens: T.
+        hidden: Columns of the projection.
+        width: Its rows.
+        itemsize: Of the compute dtype.
+    """
+    return round_up(tokens * up_rows(hidden, width) * itemsize, ALIGNMENT_BYTES)
+
+
 def scratch_bytes(spec: ModelSpec, shape: StepShape) -> int:
-    """What products with quantized weights write to besides their result; 0 in 16 bits."""
+    """What products write to besides their result."""
+    compute, waiting = shape.compute_dtype, 0
+    if shape.has_layers:
+        waiting = up_bytes(
+            tokens=step_tokens(shape),
+            hidden=spec.hidden_size,
+            width=shape.share.of(spec.intermediate_size, "columns of the MLP"),
+            itemsize=compute.itemsize,
+        )
     if not shape.quantized:
-        return 0
+        return waiting
     queries = spec.num_attention_heads * spec.attention[0].key_head_dim
     columns = max(spec.hidden_size, spec.intermediate_size, queries)
-    return max(_LEAST_SCRATCH_BYTES, SLICE_ROWS * columns * shape.compute_dtype.itemsize)
+    widest = SLICE_ROWS * columns * compute.itemsize
+    return max(_LEAST_SCRATCH_BYTES, widest, waiting + SLICE_BYTES)
 
 
 def step_layout(spec: ModelSpec, shape: StepShape) -> Layout:

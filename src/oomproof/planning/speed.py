@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from oomproof.formats import Format
 from oomproof.hardware.spec import DeviceSpec
+from oomproof.memory.kv_cache import planned_tokens
 from oomproof.memory.model import MemoryModel
 from oomproof.models.spec import ModelSpec, Role
 
@@ -194,7 +195,8 @@ class SpeedModel:
         self._device = device
         self.model = model
         """The memory model."""
-        self.prefill_chunk_tokens = model.profile.prefill_chunk_tokens
+        context = planned_tokens(model.demand.context)
+        self.prefill_chunk_tokens = min(model.profile.prefill_chunk_tokens, context)
         """Tokens of a prompt that are processed at once."""
         self._measured = measured
         self._prefill_factor = prefill_factor
@@ -256,7 +258,7 @@ class SpeedModel:
         flops = 2 * _active_parameters(model.spec) * (end - first) / model.num_units
         rate = device.flops_per_s * self._measured.flops_efficiency
         overhead_s = 0.0 if device.kind == "cpu" else self._measured.chunk_overhead_s
-        launches_s = (end - first) * overhead_s / model.profile.prefill_chunk_tokens
+        launches_s = (end - first) * overhead_s / self.prefill_chunk_tokens
         attention_s = self._attention_flops(first, end) / (
             device.flops_per_s * self._measured.attention_flops_efficiency
         )

@@ -260,6 +260,42 @@ def linear_4bit_tiled(  # noqa: PLR0913, PLR0917 - a set's tensors
     )
 
 
+@operator("oomproof::gated_4bit_tiled", mutates_args=("out", "scratch"))
+def gated_4bit_tiled(  # noqa: PLR0913, PLR0917 - a set's tensors
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    quant_map: torch.Tensor | None,
+    codebook: str,
+    nested: Sequence[torch.Tensor],
+    segments: Sequence[int],
+    biases: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    scratch: torch.Tensor,  # noqa: ARG001
+) -> None:
+    """Silu(first linear) times the second (arXiv:2002.05202), without their whole products.
+
+    Args:
+        x: As for `linear_4bit_tiled`, as the following six; gate and up are the set.
+        codes: Of all tiles.
+        scales: Of all tiles.
+        quant_map: None for int4.
+        codebook: "nf4", "fp4" or "int4".
+        nested: Three tensors a linear, or none.
+        segments: Three numbers a linear.
+        biases: Of both linears, or none.
+        out: [tokens, rows of one linear], in the type of x.
+        scratch: uint8.
+    """
+    weights = TiledSet.of(codes, scales, quant_map, codebook, nested, segments)
+    product = x.new_empty(len(x), weights.rows)
+    reference.linear_4bit_tiled(x, weights, product)
+    if biases:
+        product += torch.cat(tuple(biases))
+    gate, up = product.float().chunk(2, dim=1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
 @operator("oomproof::linear_int8", mutates_args=("out", "scratch"))
 def linear_int8(
     x: torch.Tensor,
@@ -293,6 +329,7 @@ for _operator, _module, _function in (
     (linear_4bit_dq, "products_cuda", "linear_4bit_dq"),
     (linear_int4, "products_cuda", "linear_int4"),
     (linear_4bit_tiled, "products_cuda", "linear_4bit_tiled"),
+    (gated_4bit_tiled, "products_cuda", "gated_4bit_tiled"),
     (linear_int8, "products_cuda", "linear_int8"),
     (linear_fp8, "products_cuda", "linear_fp8"),
 ):

@@ -6,7 +6,7 @@ quantized inputs and partial sums lie in the scratch that is handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -21,55 +21,31 @@ from oomproof.quantization.dequantize_triton import (
     dequantize_8bit,
     scale_product,
 )
+from oomproof.quantization.gate_cuda import silu_mul
 from oomproof.quantization.products_triton import FEW_TOKENS, product_4bit, product_8bit
 from oomproof.quantization.quantize_triton import quantize_rows_out
-from oomproof.quantization.scratch import ALIGNMENT, aligned
+from oomproof.quantization.scratch import ALIGNMENT
+from oomproof.quantization.slices_cuda import (
+    Dequantize,
+    Scratch,
+    multiply,
+    room_of,
+    slice_after_slice,
+    slices_of,
+)
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiles_triton import dequantize_tiled
 
-_ROW_UNIT = 128
-"""Slices are multiples of it, so that the tiles of a matrix product are whole."""
+_TOKEN_UNIT = 128
+"""Pieces are multiples of it, so that the tiles of a matrix product are whole."""
 _SCALED_MM_CAPABILITY = (9, 0)
 """Where torch's row-wise scaled product is cuBLAS's and allocates nothing.
 
 On others it is CUTLASS's, which copies the scales to padded ones that it allocates.
 """
 _SCALED_MM_UNIT = 16
-
-
-class _Scratch:
-    """Cuts tensors out of scratch, one after the other, each aligned."""
-
-    def __init__(self, scratch: torch.Tensor) -> None:
-        self._left = scratch[-scratch.data_ptr() % ALIGNMENT :]
-
-    @property
-    def left(self) -> torch.Tensor:
-        """What has not been cut off."""
-        return self._left
-
-    def room(self, size_bytes: int) -> int:
-        """How many of a size fit."""
-        return self._left.numel() // size_bytes
-
-    def cut(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor.
-
-        Raises:
-            ValueError: It does not fit.
-        """
-        numel = 1
-        for size in shape:
-            numel *= size
-        size_bytes = numel * dtype.itemsize
-        if size_bytes > self._left.numel():
-            raise ValueError(
-                f"scratch has {self._left.numel()} bytes left, {shape} of {dtype} needs "
-                f"{size_bytes}: see least_scratch_bytes"
-            )
-        cut = self._left[:size_bytes].view(dtype).view(shape)
-        self._left = self._left[aligned(size_bytes) :]
-        return cut
+_WAITING_SHARE = 4
+"""Slices of up that wait for their gate take so many-th a part of scratch at most."""
 
 
 def linear_4bit(
@@ -129,14 +105,58 @@ def linear_4bit_tiled(  # noqa: PLR0913, PLR0917 - a set's tensors
         products_tiled.multiply(x, weights, out, scratch)
         return
 
+    for _ in slice_after_slice(x, _tiles(weights), out, Scratch(scratch)):
+        pass
+
+
+def gated_4bit_tiled(  # noqa: PLR0913, PLR0917 - a set's tensors
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    quant_map: torch.Tensor | None,
+    codebook: str,
+    nested: Sequence[torch.Tensor],
+    segments: Sequence[int],
+    biases: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """See operators.gated_4bit_tiled.
+
+    The gate is multiplied to where the result will be; a slice of up waits in scratch until it is
+    multiplied with it, while it is in the second cache.
+    """
+    weights = TiledSet.of(codes, scales, quant_map, codebook, nested, segments)
+    if products_tiled.gates(weights) and products_tiled.supports(x, weights, scratch.nbytes):
+        products_tiled.multiply(x, weights, out, scratch, biases=biases, gated=True)
+        return
+    tokens, width = out.shape
+    left = Scratch(scratch)
+    most = max(1, left.left.numel() // _WAITING_SHARE // (tokens * x.itemsize))
+    waiting = left.cut((tokens, min(width, most)), x.dtype)
+    room = room_of(x, width, left, most_rows=waiting.shape[1])
+    slices = slices_of(0, width, room.step) + slices_of(width, 2 * width, room.step)
+
+    def place(first: int, end: int) -> torch.Tensor:
+        return out[:, first:end] if first < width else waiting[:, : end - first]
+
+    for first, end in multiply(x, _tiles(weights), slices, place, room):
+        product = place(first, end)
+        if biases:
+            product.add_(torch.narrow(biases[first // width], 0, first % width, end - first))
+        if first >= width:
+            gate = out[:, first - width : end - width]
+            silu_mul(gate, product, gate)
+
+
+def _tiles(weights: TiledSet) -> Dequantize:
     def dequantize(first: int, end: int, into: torch.Tensor) -> None:
         for segment, a, b, place in weights.pieces(first, end):
             part = into[place : place + b - a]
             write = dequantize_tiles if supports_rows(part, a) else dequantize_tiled
             write(weights, segment, a, part)
 
-    for _ in _slice_after_slice(x, dequantize, out, _Scratch(scratch)):
-        pass
+    return dequantize
 
 
 def linear_int8(
@@ -147,12 +167,12 @@ def linear_int8(
     scratch: torch.Tensor,
 ) -> None:
     """See operators.linear_int8."""
-    left = _Scratch(scratch)
+    left = Scratch(scratch)
     if len(x) <= FEW_TOKENS:
         product_8bit(x, weight, scale, None, 1.0, out, left.left)
         return
     # Integers are exact in 16 bits, and so scaled afterwards: no weight is rounded twice.
-    for first, end in _slice_after_slice(x, _eight_bits(weight), out, left):
+    for first, end in slice_after_slice(x, _eight_bits(weight), out, left):
         scale_product(out[:, first:end], scale[first:end], None, INT8_FACTOR)
 
 
@@ -166,8 +186,8 @@ def linear_fp8(
     """See operators.linear_fp8."""
     few, scaled_mm = len(x) <= FEW_TOKENS, _has_scaled_mm(x, weight, out)
     held = torch.float16 if few else torch.float8_e4m3fn if scaled_mm else x.dtype
-    for first, end in _pieces(x, held, scratch):
-        left = _Scratch(scratch)
+    for first, end in _pieces(x, held, scratch, whole=scaled_mm and not few):
+        left = Scratch(scratch)
         result = out[first:end]
         token_scale = left.cut((end - first,), torch.float32)
         quantized = left.cut((end - first, x.shape[1]), held)
@@ -186,13 +206,13 @@ def linear_fp8(
                 out=result,
             )
         else:
-            for a, b in _slice_after_slice(quantized, _eight_bits(weight), result, left):
+            for a, b in slice_after_slice(quantized, _eight_bits(weight), result, left):
                 scale_product(result[:, a:b], scale[a:b], token_scale, FP8_FACTOR**2)
 
 
 def _four_bits(x: torch.Tensor, weight: FourBits, out: torch.Tensor, scratch: torch.Tensor) -> None:
     tokens, columns = x.shape
-    left = _Scratch(scratch)
+    left = Scratch(scratch)
     # Else a block of a table's formats would run over the end of a row.
     if tokens <= FEW_TOKENS and columns % BLOCK_SIZE == 0:
         product_4bit(x, weight, out, left.left)
@@ -201,7 +221,7 @@ def _four_bits(x: torch.Tensor, weight: FourBits, out: torch.Tensor, scratch: to
     def dequantize(first: int, _end: int, into: torch.Tensor) -> None:
         dequantize_4bit(weight, first, into)
 
-    for _ in _slice_after_slice(x, dequantize, out, left):
+    for _ in slice_after_slice(x, dequantize, out, left):
         pass
 
 
@@ -218,46 +238,25 @@ def _has_scaled_mm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> 
     )
 
 
-def _eight_bits(weight: torch.Tensor) -> Callable[[int, int, torch.Tensor], None]:
+def _eight_bits(weight: torch.Tensor) -> Dequantize:
     def dequantize(first: int, end: int, into: torch.Tensor) -> None:
         dequantize_8bit(weight[first:end], into)
 
     return dequantize
 
 
-def _slice_after_slice(
-    x: torch.Tensor,
-    dequantize: Callable[[int, int, torch.Tensor], None],
-    out: torch.Tensor,
-    scratch: _Scratch,
+def _pieces(
+    x: torch.Tensor, held: torch.dtype, scratch: torch.Tensor, *, whole: bool
 ) -> Iterator[tuple[int, int]]:
-    """Multiplies with slices of the weight, and yields (first row, end) after each.
+    """(first token, end) of pieces about equal whose quantized inputs and scales fit into scratch.
 
-    Args:
-        x: [tokens, columns].
-        dequantize: (first row, end, slice) writes those rows to the slice [rows, columns].
-        out: [tokens, rows].
-        scratch: Room for the slice.
+    Into all of it where `whole`, else they leave half.
     """
-    rows, columns = out.shape[1], x.shape[1]
-    fit = max(1, min(rows, scratch.room(columns * x.itemsize)))
-    # Slices of one size: none is left over that would keep the GPU half idle.
-    step = ceil_div(rows, ceil_div(rows, fit))
-    step = min(fit, ceil_div(step, _ROW_UNIT) * _ROW_UNIT)
-    whole = scratch.cut((step, columns), x.dtype)
-    for first in range(0, rows, step):
-        end = min(first + step, rows)
-        part = whole[: end - first]
-        dequantize(first, end, part)
-        torch.mm(x, part.t(), out=out[:, first:end])
-        yield first, end
-
-
-def _pieces(x: torch.Tensor, held: torch.dtype, scratch: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """(first token, end) of pieces whose quantized inputs and scales leave half of the scratch."""
     tokens, columns = x.shape
-    half = _Scratch(scratch).left.numel() // 2 - 2 * ALIGNMENT
-    room = max(1, half // (columns * held.itemsize + 4))
-    step = min(tokens, room - room % _ROW_UNIT if room > _ROW_UNIT else room)
+    room = Scratch(scratch).left.numel() - 4 * ALIGNMENT
+    room = (room if whole else room // 2) // (columns * held.itemsize + 4)
+    fit = max(1, room - room % _TOKEN_UNIT if room > _TOKEN_UNIT else room)
+    step = ceil_div(tokens, ceil_div(tokens, fit))
+    step = min(fit, ceil_div(step, _TOKEN_UNIT) * _TOKEN_UNIT)
     for first in range(0, tokens, step):
         yield first, min(first + step, tokens)

@@ -70,6 +70,11 @@ def computes(weights: TiledSet, device: torch.device) -> bool:
     return (one_stream or in_turn) and _shape(1, weights, device) is not None
 
 
+def gates(weights: TiledSet) -> bool:
+    """Whether the set is gate and up that take turns, tile by tile."""
+    return _unit(weights) == _PAIR and len(weights.segments) == _PAIR
+
+
 def prepare(
     dtype: torch.dtype, scales: torch.dtype, device: torch.device, *, every: bool = False
 ) -> None:

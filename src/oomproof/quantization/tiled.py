@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
-from oomproof.formats import BLOCK_SIZE
+from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from oomproof.quantization.tiles import FRAGMENT_BYTES, TILE_ROWS
 
 Nested = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -146,3 +148,33 @@ def tiles_of_rows(stream: torch.Tensor, segment: Segment, first: int, end: int) 
     begin = segment.first_tile + first // TILE_ROWS * segment.tile_stride
     last = segment.first_tile + (end // TILE_ROWS - 1) * segment.tile_stride
     return stream[begin : last + 1 : segment.tile_stride]
+
+
+def set_of_rows(weights: TiledSet, first: int, end: int) -> tuple[TiledSet, int, int]:
+    """(rows first … end - 1 of a product as a set, which linear's they are, the first in it).
+
+    Args:
+        weights: The whole set, whose stream the part keeps.
+        first: A multiple of 16, and its linear's rows before it are whole blocks of 256 scales.
+        end: In the same linear, a multiple of 16 too.
+
+    Raises:
+        ValueError: The rows cannot be cut so.
+    """
+    ends = tuple(accumulate(segment.rows for segment in weights.segments))
+    number = bisect_right(ends[:-1], first)
+    segment = weights.segments[number]
+    begin = ends[number] - segment.rows
+    inner, outer = first - begin, end - begin
+    blocks = inner * weights.blocks
+    nested = segment.nested
+    aligned = inner % TILE_ROWS == outer % TILE_ROWS == 0
+    if outer > segment.rows or not aligned or (nested and blocks % NESTED_BLOCK_SIZE):
+        raise ValueError(f"rows {first} to {end} are no set of their own")
+    part = replace(
+        segment,
+        rows=outer - inner,
+        first_tile=segment.first_tile + inner // TILE_ROWS * segment.tile_stride,
+        nested=None if nested is None else (nested[0][blocks // NESTED_BLOCK_SIZE :], *nested[1:]),
+    )
+    return replace(weights, segments=(part,)), number, inner

@@ -72,12 +72,17 @@ def compare_elementwise(device: torch.device, dtype: torch.dtype, bound: float) 
             _kernels().add_rms_norm(*ours, weight.to(device), 1e-5, 0.5, adds)
             for found, right in zip(ours, expected, strict=True):
                 assert error(found, right) < bound
-        gate_up = torch.randn((rows, 2 * width), generator=generator).to(dtype)
+        gate, up = torch.randn((2, rows, width), generator=generator).to(dtype)
         expected_out = torch.empty(rows, width)
-        out = torch.full((rows, width), torch.nan, dtype=dtype, device=device)
-        operators.silu_mul(gate_up.float(), expected_out)
-        _kernels().silu_mul(gate_up.to(device), out)
-        assert error(out, expected_out) < bound
+        operators.silu_mul(gate.float(), up.float(), expected_out)
+        # Of wider tensors, to a third one and to the place of the gate.
+        wide = torch.full((rows, 2 * width + 4), torch.nan, dtype=dtype, device=device)
+        wide[:, :width], wide[:, width : 2 * width] = gate, up
+        left, right = wide[:, :width], wide[:, width : 2 * width]
+        for out in (torch.empty_like(wide)[:, :width], left):
+            _gate().silu_mul(left, right, out)
+            assert error(out, expected_out) < bound
+        assert bool(wide[:, 2 * width :].isnan().all())
 
 
 def compare_attention(case: Case, device: torch.device, bound: float) -> None:
@@ -182,6 +187,12 @@ def _kernels() -> Any:
     from oomproof.engine.native import kernels_triton
 
     return kernels_triton
+
+
+def _gate() -> Any:
+    from oomproof.quantization import gate_triton
+
+    return gate_triton
 
 
 def _attention() -> Any:

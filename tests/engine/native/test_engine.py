@@ -168,6 +168,26 @@ def test_company_changes_no_answer() -> None:
     alone.close()
 
 
+@pytest.mark.parametrize("format_name", ["fp32", "nf4-dq", "int8"])
+def test_chunks_and_slices_of_up_change_no_answer(
+    format_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = {} if format_name == "fp32" else {"compute_dtype": "float32", "kv_format": "fp32"}
+    # Of 4 to 400 tokens: gate and up at once, slice by slice, and in a second chunk.
+    asked = [prompt * 4 for prompt in prompts(4, 2048, 100)]
+    answers = []
+    for chunk, rows in ((2048, 4096), (256, 256)):
+        monkeypatch.setattr("oomproof.memory.native.CHUNK_TOKENS", chunk)
+        monkeypatch.setattr("oomproof.memory.slices.UP_ROWS", rows)
+        engine = engine_of(
+            bundled_folder(), format=format_name, context=512, concurrency=2, **compute
+        )
+        assert engine._chunk == min(chunk, 512)
+        answers.append(run(engine, [request(str(n), one, 20) for n, one in enumerate(asked)]))
+        engine.close()
+    assert answers[0] == answers[1]
+
+
 def test_more_requests_than_slots_wait_for_their_turn() -> None:
     engine = engine_of(bundled_folder(), format="bf16", context=256, concurrency=2)
     answers = run(engine, [request(str(n), [5, 6, 7], 10) for n in range(7)])

@@ -48,3 +48,30 @@ def test_norm_and_gate_on_a_gpu_are_the_references(dtype: torch.dtype, bound: fl
 @pytest.mark.gpu
 def test_e4m3_on_a_gpu_is_torchs() -> None:
     compare_e4m3(torch.device("cuda"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(
+    ("dtype", "block", "capability", "float8", "expected"),
+    [
+        (torch.bfloat16, 128, (9, 0), False, (128, 3, False)),
+        (torch.float16, 64, (9, 0), False, (128, 3, False)),
+        # e4m3 pages take registers to be converted.
+        (torch.bfloat16, 128, (9, 0), True, (64, 3, True)),
+        (torch.bfloat16, 256, (9, 0), False, (64, 2, False)),
+        (torch.bfloat16, 128, (10, 0), False, (64, 3, False)),
+        (torch.bfloat16, 128, (8, 0), False, (64, 3, False)),
+        (torch.float32, 128, (9, 0), False, (32, 1, False)),
+    ],
+)
+def test_a_chunks_attention_is_cut_for_the_gpu(
+    dtype: torch.dtype,
+    block: int,
+    capability: tuple[int, int],
+    float8: bool,
+    expected: tuple[int, int, bool],
+) -> None:
+    from oomproof.engine.native.attend_triton import prefill_tiles
+
+    found = prefill_tiles(dtype, block, capability, float8=float8)
+    assert (found.keys, found.stages, found.overlaps) == expected

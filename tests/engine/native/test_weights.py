@@ -10,6 +10,7 @@ import torch
 from oomproof.engine.native.layout import lay_out_block
 from oomproof.engine.native.linears import TiledLinears
 from oomproof.engine.native.weights import LayerWeights, Parameter, StepProducts
+from oomproof.formats import DType
 from oomproof.models.resolve import bundled_folder
 from oomproof.quantization.tiles import untile_codes, untile_scale_rows
 from tests.engine.native.layers import Shape, fill, layer_tensors
@@ -53,6 +54,34 @@ def test_projections_compute_what_they_do_row_major(
             for layer, out in zip(layers, outs, strict=True):
                 getattr(layer, name).multiply(x, out, scratch)
             torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format_name", ["bf16", "int8", "fp8", *TILED])
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("where", DEVICES)
+def test_gate_and_slices_of_up_are_gate_and_up(
+    format_name: str, tiled: bool, shape: Shape, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 128 rows of 128 columns or more: whole blocks of 256 scales.
+    monkeypatch.setattr("oomproof.memory.slices.UP_ROWS", 128)
+    tensors = layer_tensors(shape, format_name, biased=True, compute=DType.BFLOAT16)
+    block = lay_out_block(tensors, format_name, tiled=tiled)
+    memory = torch.full((block.size_bytes,), 0xA5, dtype=torch.uint8, device=where)
+    fill(block, memory)
+    layer = LayerWeights(block, memory)
+    _, _, hidden, width = shape
+    assert [part.rows for part in layer.up] == [min(128, width - a) for a in range(0, width, 128)]
+    scratch = torch.empty(1 << 20, dtype=torch.uint8, device=where)
+    x = torch.randn(70, hidden, generator=torch.Generator().manual_seed(1)).bfloat16().to(where)
+    whole = torch.full((70, 2 * width), float("nan"), dtype=x.dtype, device=where)
+    layer.gate_up.multiply(x, whole, scratch)
+    found = torch.full_like(whole, float("nan"))
+    first = 0
+    for part in (layer.gate, *layer.up):
+        part.multiply(x, found[:, first : first + part.rows], scratch)
+        first += part.rows
+    torch.testing.assert_close(found, whole, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("format_name", TILED)

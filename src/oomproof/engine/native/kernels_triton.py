@@ -1,4 +1,4 @@
-"""Norm, rotary positions and SwiGLU's gate in Triton; operators.py says what each computes.
+"""Norm and rotary positions in Triton; operators.py says what each computes.
 
 Every launch writes into tensors it is given, allocates nothing and does not wait, so that it can be
 captured in a CUDA graph. Attention is in attend_triton.py.
@@ -182,24 +182,3 @@ def _normed(first, second, weight, column, in_half, eps, HALF: tl.constexpr):
 def _kept(values, AS_FLOAT8: tl.constexpr):
     """As pages hold them."""
     return to_e4m3(values.to(tl.float32)) if AS_FLOAT8 else values
-
-
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """A program a block of a row."""
-    rows, width = out.shape
-    block = 1024
-    _silu_mul[(rows, triton.cdiv(width, block))](
-        gate_up, out, gate_up.stride(0), out.stride(0), width, BLOCK=block, num_warps=4
-    )
-
-
-@triton.jit
-def _silu_mul(gate_up, out, in_stride, out_stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    source = gate_up + row * in_stride + column
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
-    result = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)

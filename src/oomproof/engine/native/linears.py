@@ -11,8 +11,9 @@ import torch
 
 from oomproof.quantization import operators
 from oomproof.quantization.handlers import Handler
+from oomproof.quantization.rows import parts_of_rows
 from oomproof.quantization.step_operators import step_linear_4bit
-from oomproof.quantization.tiled import TiledSet
+from oomproof.quantization.tiled import TiledSet, set_of_rows
 
 
 class Product(Protocol):
@@ -24,6 +25,9 @@ class Product(Protocol):
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """[tokens, columns] → out [tokens, rows]."""
+
+    def part(self, first: int, end: int) -> Product:
+        """The product with rows first … end - 1, of one linear; see slices.up_rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,15 @@ class Linear:
         if self.bias is not None:
             out.add_(self.bias)
 
+    def part(self, first: int, end: int) -> Linear:
+        """See Product."""
+        return replace(
+            self,
+            parts=parts_of_rows(self.parts, self.shape, first, end),
+            shape=(end - first, self.shape[1]),
+            bias=None if self.bias is None else self.bias[first:end],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepNorm:
@@ -68,11 +81,12 @@ class TiledLinears:
         biases: Of each of its linears.
     """
 
-    __slots__ = ("_arguments", "_step_biases", "biases", "rows", "weights")
+    __slots__ = ("_arguments", "_given_biases", "_step_biases", "biases", "rows", "weights")
 
     def __init__(self, weights: TiledSet, biases: Sequence[torch.Tensor | None]) -> None:
         self.weights = weights
         self._arguments = weights.arguments()
+        self._given_biases = tuple(biases)
         known = [bias for bias in biases if bias is not None]
         self._step_biases = known if len(known) in {0, len(biases)} else None
         self.rows = weights.rows
@@ -84,6 +98,22 @@ class TiledLinears:
         operators.linear_4bit_tiled(x, *self._arguments, out, scratch)
         for first, end, bias in self.biases:
             out[:, first:end].add_(bias)
+
+    def part(self, first: int, end: int) -> TiledLinears:
+        """See Product."""
+        weights, number, place = set_of_rows(self.weights, first, end)
+        bias = self._given_biases[number]
+        return TiledLinears(weights, [None if bias is None else bias[place : place + end - first]])
+
+    @property
+    def gates(self) -> bool:
+        """Whether `multiply_gated` computes it: two linears, with a bias each or without."""
+        return len(self.weights.segments) == 2 and self._step_biases is not None
+
+    def multiply_gated(self, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Silu(first linear) times the second, [tokens, half of the rows], of any tokens."""
+        assert self._step_biases is not None
+        operators.gated_4bit_tiled(x, *self._arguments, self._step_biases, out, scratch)
 
     @property
     def has_step(self) -> bool:
@@ -155,6 +185,14 @@ class Projection:
         for product in self.products:
             product.multiply(x, out[:, first : first + product.rows], scratch)
             first += product.rows
+
+    def part(self, first: int, end: int) -> Product:
+        """The product with rows first … end - 1, all of one linear."""
+        for product in self.products:
+            if first < product.rows:
+                return product.part(first, end)
+            first, end = first - product.rows, end - product.rows
+        raise ValueError(f"row {first} is behind the last")
 
 
 def fused(linears: Sequence[Linear]) -> tuple[Linear, ...]:

@@ -1,11 +1,11 @@
 """What a decoder layer does besides products with weights, declared once as torch operators.
 
 Each writes into tensors it is given and is its own plain-torch reference: it serves the CPU and
-checks the CUDA kernels (kernels_triton.py, attend_triton.py). Rows are tokens of one call:
-`positions` [rows] and `slots` [rows] (int32) say where each stands, in which request; slot -1 is
-padding. Keys and values of a layer are pages [pages, kv heads, PAGE_TOKENS, head dim]; `pages`
-[slots, n] (int32) lists those of each request, and a request whose tokens need more than n pages
-uses them as a ring.
+checks the CUDA kernels (kernels_triton.py, attend_triton.py, quantization/gate_cuda.py). Rows are
+tokens of one call: `positions` [rows] and `slots` [rows] (int32) say where each stands, in which
+request; slot -1 is padding. Keys and values of a layer are pages [pages, kv heads, PAGE_TOKENS,
+head dim]; `pages` [slots, n] (int32) lists those of each request, and a request whose tokens need
+more than n pages uses them as a ring.
 """
 
 from __future__ import annotations
@@ -140,25 +140,25 @@ def attend(
 
 
 @operator("oomproof::silu_mul", mutates_args=("out",))
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+def silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
     """SwiGLU's gate (Shazeer 2020, arXiv:2002.05202): out = silu(gate) × up.
 
     Args:
-        gate_up: [rows, 2 × width], gate first.
-        out: [rows, width].
+        gate: [rows, width].
+        up: [rows, width].
+        out: [rows, width]; it may be `gate`.
     """
-    gate, up = gate_up.float().chunk(2, dim=1)
-    out.copy_(torch.nn.functional.silu(gate) * up)
+    out.copy_(torch.nn.functional.silu(gate.float()) * up.float())
 
 
 for _operator, _module, _function in (
-    (add_rms_norm, "kernels_triton", "add_rms_norm"),
-    (rotate_and_store, "kernels_triton", "rotate_and_store"),
-    (attend, "attend_triton", "attend"),
-    (silu_mul, "kernels_triton", "silu_mul"),
+    (add_rms_norm, "engine.native.kernels_triton", "add_rms_norm"),
+    (rotate_and_store, "engine.native.kernels_triton", "rotate_and_store"),
+    (attend, "engine.native.attend_triton", "attend"),
+    (silu_mul, "quantization.gate_cuda", "silu_mul"),
 ):
     _operator.register_fake(writes_where_told)
-    _operator.register_kernel("cuda")(on_cuda(f"oomproof.engine.native.{_module}", _function))
+    _operator.register_kernel("cuda")(on_cuda(f"oomproof.{_module}", _function))
 
 
 def _rms_norm(values: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

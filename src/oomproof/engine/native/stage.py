@@ -17,11 +17,14 @@ from oomproof.engine.native.norm_cuda import add_rms_norm_step, supports_norm
 from oomproof.engine.native.operators import add_rms_norm, attend, rotate_and_store, silu_mul
 from oomproof.engine.native.step import step_attention
 from oomproof.engine.native.weights import LayerWeights, StepProducts
+from oomproof.memory.native import up_bytes
 from oomproof.models.forward import ForwardSpec
 from oomproof.quantization.tiled_launch import MAX_TOKENS
 
 LayerSource = Callable[[int], LayerWeights]
 """Layer index → its weights, on the device when the stream gets there."""
+_FEW_ROWS = 256
+"""Tokens whose layer takes a GPU no longer than its launches take a processor."""
 
 
 class Layers:
@@ -53,12 +56,25 @@ class Layers:
         self._done = done
         self._hidden, self._normed = arena["hidden"], arena["normed"]
         self._qkv, self._attended = arena["qkv"], arena["attended"]
-        self._gate_up, self._gated = arena["gate_up"], arena["gated"]
+        self._gated = arena["gated"]
         self._partials, self._rotary = arena["partials"], arena["rotary"]
         self._inputs = arena["inputs"]
         self._scratch = arena["scratch"]
+        self._up, self._scratch_before_up = self._split_scratch()
         self._hidden_next = arena["hidden_next"]
         self._step_attention = step_attention(arena, pool, forward)
+
+    def _split_scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(where up waits for its gate, [numbers], what products have beside it)."""
+        tokens, width = self._gated.shape
+        size = up_bytes(
+            tokens=tokens,
+            hidden=self._hidden.shape[1],
+            width=width,
+            itemsize=self._gated.itemsize,
+        )
+        first = self._scratch.numel() - size
+        return self._scratch[first:].view(self._gated.dtype), self._scratch[:first]
 
     def run(self, rows: int, *, one_request: bool, most_layers: int | None = None) -> None:
         """Every layer over the first `rows` rows of the hidden states.
@@ -76,8 +92,8 @@ class Layers:
         adds = False
         for index in range(self._first, end):
             weights = self._weights(index)
-            if not one_request and rows <= MAX_TOKENS and weights.step is not None:
-                self._step(weights, weights.step, index, states, adds=adds)
+            if rows <= MAX_TOKENS and weights.step is not None:
+                self._step(weights, weights.step, index, states, one_request=one_request, adds=adds)
             else:
                 self._parts(weights, index, states[0], one_request=one_request, adds=adds)
             self._done(index)
@@ -93,14 +109,15 @@ class Layers:
         index: int,
         states: list[torch.Tensor],
         *,
+        one_request: bool,
         adds: bool,
     ) -> None:
-        """A layer of a decode step whose products are fused with what lies between them."""
+        """A layer of few tokens whose products are fused with what lies between them."""
         rows = len(states[0])
         normed, attended = self._normed[:rows], self._attended[:rows]
         qkv, gated = self._qkv[:rows], self._gated[:rows]
         self._step_product(products.qkv, weights.input_norm, states, qkv, adds=adds)
-        self._attend(weights, index, rows, one_request=False)
+        self._attend(weights, index, rows, one_request=one_request)
         products.o.step(attended, normed, self._scratch)
         self._step_product(
             products.gate_up, weights.post_norm, states, gated, adds=True, gated=True
@@ -120,9 +137,9 @@ class Layers:
         """Updates the hidden states and multiplies them, normalised."""
         normed = self._normed[: len(out)]
         eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
-        if not product.normalises(len(out)):
-            norm = add_rms_norm_step if supports_norm(normed) else add_rms_norm
-            norm(states[0], normed, norm_weight, eps, multiplier, adds)
+        # A prompt may have more tokens than a decode step, for which there is room.
+        if len(states[1]) < len(out) or not product.normalises(len(out)):
+            _norm(normed)(states[0], normed, norm_weight, eps, multiplier, adds)
             product.step(normed, out, self._scratch, gated=gated)
             return
         before = StepNorm(
@@ -148,15 +165,35 @@ class Layers:
         rows = len(hidden)
         normed, attended = self._normed[:rows], self._attended[:rows]
         eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
-        add_rms_norm(hidden, normed, weights.input_norm, eps, multiplier, adds)
+        norm = _norm(normed)
+        norm(hidden, normed, weights.input_norm, eps, multiplier, adds)
         weights.qkv.multiply(normed, self._qkv[:rows], self._scratch)
         self._attend(weights, index, rows, one_request=one_request)
         weights.o.multiply(attended, normed, self._scratch)
-        add_rms_norm(hidden, normed, weights.post_norm, eps, multiplier, True)
-        gate_up, gated = self._gate_up[:rows], self._gated[:rows]
-        weights.gate_up.multiply(normed, gate_up, self._scratch)
-        silu_mul(gate_up, gated)
-        weights.down.multiply(gated, normed, self._scratch)
+        norm(hidden, normed, weights.post_norm, eps, multiplier, True)
+        self._gate(weights, normed, self._gated[:rows])
+        weights.down.multiply(self._gated[:rows], normed, self._scratch)
+
+    def _gate(self, weights: LayerWeights, normed: torch.Tensor, gated: torch.Tensor) -> None:
+        """SwiGLU: the gate's product goes where the result will be, up's waits in scratch."""
+        tiled = weights.gate_up.tiled
+        if tiled is not None and tiled.gates:
+            tiled.multiply_gated(normed, gated, self._scratch)
+            return
+        (rows, width), scratch = gated.shape, self._scratch_before_up
+        if 2 * gated.numel() <= self._up.numel():
+            gate_up = self._up[: 2 * gated.numel()].view(rows, 2 * width)
+            weights.gate_up.multiply(normed, gate_up, scratch)
+            silu_mul(gate_up[:, :width], gate_up[:, width:], gated)
+            return
+        weights.gate.multiply(normed, gated, scratch)
+        first = 0
+        for part in weights.up:
+            up = self._up[: rows * part.rows].view(rows, part.rows)
+            part.multiply(normed, up, scratch)
+            gate = gated[:, first : first + part.rows]
+            silu_mul(gate, up, gate)
+            first += part.rows
 
     def _attend(self, weights: LayerWeights, index: int, rows: int, *, one_request: bool) -> None:
         if not one_request and self._step_attention is not None:
@@ -192,6 +229,12 @@ class Layers:
             window,
             one_request,
         )
+
+
+def _norm(states: torch.Tensor) -> Callable[..., None]:
+    """The norm of so many tokens whose launch takes the least."""
+    few = len(states) <= _FEW_ROWS and supports_norm(states)
+    return add_rms_norm_step if few else add_rms_norm
 
 
 class Embedding:

@@ -71,13 +71,15 @@ def start_warming(device: torch.device, also: Callable[[], None] = lambda: None)
 
 def _launch_first(device: torch.device, also: Callable[[], None]) -> None:
     from oomproof.engine.native import kernels_triton
-    from oomproof.loading import finite_triton  # noqa: F401 - imports are part of the wait
-    from oomproof.quantization import products_cuda  # noqa: F401
+    from oomproof.loading import finite_triton
+    from oomproof.quantization import gate_triton, products_cuda
 
-    gate_up = torch.zeros((1, 2), dtype=torch.bfloat16, device=device)
+    # Imports are part of the wait.
+    del kernels_triton, finite_triton, products_cuda
+    gate = torch.zeros((1, 1), dtype=torch.bfloat16, device=device)
     with torch.cuda.device(device):
-        kernels_triton.silu_mul(gate_up, gate_up[:, :1].clone())
+        gate_triton.silu_mul(gate, gate, gate)
         # cuBLAS makes its handle at the first product.
-        torch.mm(gate_up.t(), gate_up)
+        torch.mm(gate, gate)
         torch.cuda.synchronize(device)
     also()

@@ -18,6 +18,7 @@ from oomproof.engine.native.layout import GATE_UP, QKV, Block, Placed, name_in_l
 from oomproof.engine.native.linears import Linear, Projection, TiledLinears, fused
 from oomproof.formats import DType
 from oomproof.loading.targets import Target
+from oomproof.memory.slices import up_rows
 from oomproof.quantization.handlers import Handler, handler
 from oomproof.quantization.tiled import Nested, Segment, TiledSet
 from oomproof.quantization.tiled_writer import CODES, SCALES, TILED_COMPONENTS, TiledWriter
@@ -205,6 +206,7 @@ class LayerWeights:
 
     __slots__ = (
         "down",
+        "gate",
         "gate_up",
         "input_norm",
         "k_norm",
@@ -213,6 +215,7 @@ class LayerWeights:
         "q_norm",
         "qkv",
         "step",
+        "up",
     )
 
     def __init__(self, block: Block, memory: torch.Tensor) -> None:
@@ -230,6 +233,15 @@ class LayerWeights:
         self.qkv = linears(*QKV)
         self.o = linears("self_attn.o_proj")
         self.gate_up = linears(*GATE_UP)
+        width, hidden = found[f"{GATE_UP[1]}.weight"].shape
+        step = up_rows(hidden, width)
+        self.gate = self.gate_up.part(0, width)
+        """The first half of gate_up."""
+        self.up = tuple(
+            self.gate_up.part(width + first, width + min(first + step, width))
+            for first in range(0, width, step)
+        )
+        """The other, in slices whose result waits for its gate."""
         self.down = linears("mlp.down_proj")
         self.input_norm = found["input_layernorm.weight"].tensor
         self.post_norm = found["post_attention_layernorm.weight"].tensor
