@@ -15,7 +15,7 @@ from oomproof.errors import KernelCompileError
 from oomproof.kernels import cache
 from oomproof.kernels.cache import cache_folder, images, key_of, read_image, write_image
 from oomproof.kernels.compiler import Compiled
-from oomproof.kernels.source import Program
+from oomproof.kernels.source import SM_90A, Program
 from tests.kernels.programs import SCALE, SPILL, needs_nvrtc
 
 CAPABILITY = (9, 0)
@@ -112,6 +112,7 @@ def test_the_name_has_everything_that_decides_the_code() -> None:
         replace(SCALE, headers={"other.cuh": SCALE.headers["params.cuh"]}),
         replace(SCALE, defines={"FACTOR": 3}),
         replace(SCALE, defines={"FACTOR": 2, "MORE": 1}),
+        replace(SCALE, only=SM_90A),
     ]
     keys = {key_of(program, CAPABILITY, "nvrtc 13.0") for program in programs}
     keys |= {key_of(SCALE, (8, 0), "nvrtc 13.0"), key_of(SCALE, CAPABILITY, "nvrtc 13.1")}

@@ -17,8 +17,9 @@ from oomproof.kernels.compiler import (
     installed_nvrtc,
     nvrtc_version,
     read_resources,
+    target_of,
 )
-from oomproof.kernels.source import Program
+from oomproof.kernels.source import SM_90A, Program
 from tests.kernels.programs import ARCHITECTURES, SCALE, SPILL, needs_nvrtc
 
 
@@ -60,6 +61,26 @@ def test_ptx_is_of_the_newest_architecture_that_is_not_newer(
 def test_a_gpu_that_is_too_old_is_refused_with_the_oldest_one() -> None:
     with pytest.raises(NotRunnableError, match=r"7\.0 is below 7\.5, .*--engine transformers"):
         architecture((7, 0), (75, 80))
+
+
+def test_a_program_for_one_architecture_is_compiled_for_no_other() -> None:
+    program = replace(SCALE, only=SM_90A)
+    assert target_of(program, (9, 0), (80, 90, 100)) == "sm_90a"
+    assert target_of(SCALE, (9, 0), (80, 90, 100)) == "sm_90"
+    for capability in ((8, 0), (10, 0)):
+        with pytest.raises(
+            NotRunnableError, match=r"scale\.cu .* is for sm_90a, not for .* \d+\.0"
+        ):
+            target_of(program, capability, (80, 90, 100))
+
+
+@needs_nvrtc
+def test_instructions_of_one_architecture_need_its_program() -> None:
+    text = 'extern "C" __global__ void k() { asm volatile("wgmma.fence.sync.aligned;"); }'
+    program = Program(name="fence.cu", text=text, only=SM_90A)
+    assert compile_program(program, (9, 0)).image.startswith(b"\x7fELF")
+    with pytest.raises(KernelCompileError, match=r"fence\.cu for sm_90"):
+        compile_program(replace(program, only=None), (9, 0))
 
 
 @needs_nvrtc

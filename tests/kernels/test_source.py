@@ -12,7 +12,7 @@ import pytest
 from oomproof.errors import KernelCompileError
 from oomproof.kernels import source
 from oomproof.kernels.compiler import compile_program
-from oomproof.kernels.source import Source, Variant
+from oomproof.kernels.source import SM_90A, Source, Variant
 from tests.kernels.layout import layout_checks
 from tests.kernels.programs import SCALE, Params, needs_nvrtc
 
@@ -34,6 +34,22 @@ def test_a_program_is_a_file_with_its_headers_and_the_variants_macros(
     assert str(program) == "a.cu (ROWS=8)"
     with pytest.raises(AssertionError, match=r"does not declare Variant\(defines={'ROWS': 9}"):
         declared.program(Variant(defines={"ROWS": 9}))
+
+
+def test_a_source_for_one_architecture_makes_programs_for_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.cu").write_text("int a;\n")
+    monkeypatch.setattr(source, "files", lambda package: tmp_path)
+    source._read.cache_clear()
+    every = Source(path="a.cu", variants=(Variant(),))
+    hopper = replace(every, only=SM_90A)
+    assert every.program(Variant()).only is None
+    assert hopper.program(Variant()).only == SM_90A
+    source._read.cache_clear()
+    capabilities = ((8, 0), (9, 0), (10, 0))
+    assert list(map(every.is_for, capabilities)) == [True, True, True]
+    assert list(map(hopper.is_for, capabilities)) == [False, True, False]
 
 
 def test_parameters_are_packed_with_the_alignment_of_c() -> None:

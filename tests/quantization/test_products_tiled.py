@@ -11,7 +11,8 @@ import torch
 
 from oomproof.quantization import operators, products_tiled
 from oomproof.quantization.handlers import handler
-from oomproof.quantization.products_tiled import normalises, scaled_levels
+from oomproof.quantization.product_params import scaled_levels
+from oomproof.quantization.products_tiled import normalises
 from oomproof.quantization.scratch import least_scratch_bytes
 from oomproof.quantization.step_operators import step_linear_4bit
 from oomproof.quantization.tables import codebook_of

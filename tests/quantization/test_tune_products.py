@@ -13,7 +13,8 @@ import torch
 from oomproof.quantization import products_tiled
 from oomproof.quantization.handlers import handler
 from oomproof.quantization.product_4bit import INPUTS, PRODUCT_4BIT, SCALES, warps_choices
-from oomproof.quantization.products_tiled import NormedInput, multiply, product_key
+from oomproof.quantization.product_params import NormedInput
+from oomproof.quantization.products_tiled import multiply, product_key
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import TEMPLATES, LaunchShape, partial_bytes, warps_of
 from oomproof.quantization.tune_products import (

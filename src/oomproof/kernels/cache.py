@@ -67,7 +67,8 @@ def cache_folder() -> Path | None:
 def key_of(program: Program, capability: tuple[int, int], compiler: str) -> str:
     """Name of a program's file: equal for equal bytes, whoever compiles."""
     digest = hashlib.sha256()
-    parts = [compiler, f"{capability[0]}.{capability[1]}", *compile_options(program)]
+    target = f"{capability[0]}.{capability[1]}" if program.only is None else program.only.target
+    parts = [compiler, target, *compile_options(program)]
     for name, text in ((program.name, program.text), *sorted(program.headers.items())):
         parts += [name, text]
     for part in parts:

@@ -57,10 +57,11 @@ def compile_program(program: Program, capability: tuple[int, int]) -> Compiled:
     Raises:
         KernelCompileError: NVRTC refuses the text.
         MissingDependencyError: NVRTC, or Python's way to it, is not installed.
-        NotRunnableError: NVRTC knows no architecture that such a GPU runs.
+        NotRunnableError: NVRTC knows no architecture that such a GPU runs, or the program is for
+            another one.
     """
     nvrtc = _nvrtc()
-    target = architecture(capability, _supported(nvrtc))
+    target = target_of(program, capability, _supported(nvrtc))
     options = [f"--gpu-architecture={target}", *compile_options(program)]
     headers = sorted(program.headers.items())
     made = _done(
@@ -92,6 +93,25 @@ def compile_options(program: Program) -> tuple[str, ...]:
     """The options of a program, without its architecture."""
     defines = sorted(program.defines.items())
     return *OPTIONS, *(f"--define-macro={name}={value}" for name, value in defines)
+
+
+def target_of(program: Program, capability: tuple[int, int], supported: Sequence[int]) -> str:
+    """What NVRTC is asked for: see `architecture`; or the only one that the program is for.
+
+    Raises:
+        NotRunnableError: NVRTC knows no architecture that such a GPU runs, or the program is for
+            another one.
+    """
+    if program.only is None:
+        return architecture(capability, supported)
+    if program.only.capability != capability:
+        raise NotRunnableError(
+            f"{program} is for {program.only.target}, not for compute capability "
+            f"{capability[0]}.{capability[1]}",
+            remedy="report it",
+        )
+    # An NVRTC that does not know it refuses the option by its name.
+    return program.only.target
 
 
 def architecture(capability: tuple[int, int], supported: Sequence[int]) -> str:

@@ -14,8 +14,9 @@ A source is declared beside the code that launches it, with all of its variants:
     )
 
 and the module that declares it is named in DECLARED_IN. A test compiles every variant for every
-architecture, and fails on spilled registers, on too much shared memory, on parameters that Python
-packs otherwise than CUDA reads them, and on a `.cu` file that nobody declares.
+architecture (or for the `only` one), and fails on spilled registers, on too much shared memory, on
+parameters that Python packs otherwise than CUDA reads them, and on a `.cu` file that nobody
+declares.
 """
 
 from __future__ import annotations
@@ -33,8 +34,23 @@ DECLARED_IN = (
     "oomproof.quantization.dequantize_cuda",
     "oomproof.quantization.gate_cuda",
     "oomproof.quantization.product_4bit",
+    "oomproof.quantization.product_4bit_wide",
 )
 """Modules that declare sources. Names, for they are imported by nobody who only plans."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """One with instructions that neither older nor newer GPUs have."""
+
+    target: str
+    """As the compiler calls it: "sm_90a"."""
+    capability: tuple[int, int]
+    """Compute capability of the GPUs that run it."""
+
+
+SM_90A = Architecture(target="sm_90a", capability=(9, 0))
+"""Hopper, with warpgroups' matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +64,8 @@ class Program:
     """Name in `#include "name"` → text; there are no others, not even CUDA's own."""
     defines: Mapping[str, int | str] = field(default_factory=dict)
     """Macro → value."""
+    only: Architecture | None = None
+    """The one architecture that it is for; None for all."""
 
     def __str__(self) -> str:
         defines = ", ".join(f"{name}={value}" for name, value in sorted(self.defines.items()))
@@ -76,6 +94,12 @@ class Source:
     """Every variant that is ever launched."""
     parameters: tuple[type[ctypes.Structure], ...] = ()
     """Kernel parameters, each named as its struct and its fields in the source."""
+    only: Architecture | None = None
+    """The one architecture that it is for; None for all."""
+
+    def is_for(self, capability: tuple[int, int]) -> bool:
+        """Whether it is compiled for GPUs of a compute capability."""
+        return self.only is None or self.only.capability == capability
 
     def program(self, variant: Variant) -> Program:
         """What the compiler is given for one of the variants."""
@@ -85,6 +109,7 @@ class Source:
             text=_read(self.path),
             headers={_last(header): _read(header) for header in self.headers},
             defines=variant.defines,
+            only=self.only,
         )
 
 

@@ -117,7 +117,7 @@ def variant_of(template: int, dtype: torch.dtype, scales: torch.dtype, warps: in
 
 PRODUCT_4BIT = Source(
     path="quantization/cuda/product_4bit.cu",
-    headers=("kernels/cuda/sixteen_bits.cuh",),
+    headers=("quantization/cuda/product_4bit.cuh", "kernels/cuda/sixteen_bits.cuh"),
     variants=tuple(
         variant_of(template, dtype, scales, warps)
         for template in TEMPLATES

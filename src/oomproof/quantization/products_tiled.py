@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from oomproof.kernels.module import launch, load_modules
+from oomproof.kernels.source import SM_90A
 from oomproof.quantization.product_4bit import (
     INPUTS,
     MAX_SEGMENTS,
     PRODUCT_4BIT,
-    Params,
     kernels_of,
     variant_of,
     warps_choices,
 )
-from oomproof.quantization.tables import codebook_of
+from oomproof.quantization.product_4bit_wide import launch_wide, prepare_wide, wide_kernels
+from oomproof.quantization.product_params import NormedInput, product_params, unit_of
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import (
     MAX_TOKENS,
@@ -30,26 +29,13 @@ from oomproof.quantization.tiled_launch import (
     template_of,
 )
 from oomproof.quantization.tuned import Gpu, ProductKey, tuned_launch, tuned_launches
+from oomproof.quantization.wide_launch import WIDE_TEMPLATES, WideShape, wide_shape
 
-_CANDIDATES = 4096
+WIDE_TOKENS: int | None = None
+"""From so many tokens on the kernel for many multiplies (cuda/product_4bit_wide.cu), where the GPU
+has the instructions; None for never."""
 _FINISH_THREADS = 256
 _PAIR = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NormedInput:
-    """What is multiplied is RMSNorm(hidden + multiplier · update) · weight."""
-
-    hidden: torch.Tensor
-    """[tokens, columns], contiguous."""
-    update: torch.Tensor | None
-    """[tokens, columns]."""
-    weight: torch.Tensor
-    """[columns]."""
-    hidden_out: torch.Tensor
-    """The sum [tokens, columns], contiguous; another tensor than `hidden`."""
-    eps: float
-    multiplier: float
 
 
 def supports(x: torch.Tensor, weights: TiledSet, scratch_bytes: int) -> bool:
@@ -115,6 +101,8 @@ def prepare(
             product, finish = kernels_of(template, dtype, scales, warps, gpu.capability)
             product.prepare(shared_limit)
             finish.prepare()
+        if WIDE_TOKENS is not None and gpu.capability == SM_90A.capability:
+            prepare_wide(dtype, scales, shared_limit, range(WIDE_TOKENS, MAX_TOKENS + 1))
 
 
 def multiply(
@@ -140,8 +128,13 @@ def multiply(
         CudaError: The driver refuses a launch.
         ValueError: What is asked for has no kernel: see `supports` and `normalises`.
     """
-    if gated and _unit(weights) != _PAIR:
+    if gated and unit_of(weights) != _PAIR:
         raise ValueError("only gate and up that take turns, tile by tile, are gated")
+    if isinstance(x, torch.Tensor):
+        wide = _wide(x, weights, scratch.nbytes)
+        if wide is not None:
+            launch_wide_product(x, weights, out, scratch, wide, biases, gated=gated)
+            return
     tokens = len(x.hidden if isinstance(x, NormedInput) else x)
     for first, end, shape in _pieces(x, weights, scratch.nbytes):
         part = x if end - first == tokens else _rows(x, first, end)
@@ -199,6 +192,23 @@ def _pieces(
         piece = max(template for template in TEMPLATES if template < piece)
 
 
+def _wide(x: torch.Tensor, weights: TiledSet, scratch_bytes: int) -> WideShape | None:
+    """The launch of the kernel for many tokens, where it is to multiply and can."""
+    if WIDE_TOKENS is None or not WIDE_TOKENS <= len(x) <= WIDE_TEMPLATES[-1]:
+        return None
+    if gpu_of(x.device).capability != SM_90A.capability:
+        return None
+    processors, shared_limit = limits_of(x.device)
+    return wide_shape(
+        tokens=len(x),
+        columns=weights.columns,
+        tiles=len(weights.codes),
+        processors=processors,
+        shared_limit=shared_limit,
+        scratch_bytes=scratch_bytes,
+    )
+
+
 def _rows(x: torch.Tensor | NormedInput, first: int, end: int) -> torch.Tensor | NormedInput:
     if isinstance(x, torch.Tensor):
         return x[first:end]
@@ -242,50 +252,15 @@ def launch_product(
     if isinstance(x, NormedInput) and (shape.splits > 1 or shape.template > MOST_NORMED):
         raise ValueError(f"no kernel normalises {len(x.hidden)} tokens; see normalises")
     source = x.hidden if isinstance(x, NormedInput) else x
-    tokens, tiles, unit = len(source), len(weights.codes), _unit(weights)
-    levels, level_scale = scaled_levels(weights.codebook, source.dtype)
-    params = Params(
-        codes=weights.codes.data_ptr(),
-        scales=weights.scales.data_ptr(),
-        out=out.data_ptr(),
-        partials=scratch.data_ptr(),
-        num_segments=len(weights.segments),
-        tokens=tokens,
-        columns=weights.columns,
-        tiles=tiles,
-        x_stride=0 if normed else source.stride(0),
-        out_stride=out.stride(0),
-        splits=shape.splits,
-        steps=shape.steps,
-        tile_unit=unit,
-        gated=gated,
-        slots=shape.slots,
-        most_tiles=shape.most_tiles,
-        units_per_block=shape.units_per_block,
-        blocks_with_more=shape.blocks_with_more,
-        per_step=_reciprocal(shape.steps),
-        per_last_step=_reciprocal(shape.last_steps),
-        levels=levels,
-        level_scale=level_scale,
-    )
-    if isinstance(x, NormedInput):
-        params.hidden, params.hidden_out = x.hidden.data_ptr(), x.hidden_out.data_ptr()
-        params.norm_weight = x.weight.data_ptr()
-        params.eps, params.multiplier = x.eps, x.multiplier
+    params = product_params(x, weights, out, scratch, biases, gated=gated)
+    params.splits, params.steps = shape.splits, shape.steps
+    params.slots, params.most_tiles = shape.slots, shape.most_tiles
+    params.units_per_block = shape.units_per_block
+    params.blocks_with_more = shape.blocks_with_more
+    params.per_step = _reciprocal(shape.steps)
+    params.per_last_step = _reciprocal(shape.last_steps)
+    if normed:
         params.writers = (1 << (min(shape.blocks, 128).bit_length() - 1)) - 1
-        if x.update is not None:
-            params.update, params.x_stride = x.update.data_ptr(), x.update.stride(0)
-    else:
-        params.x = x.data_ptr()
-    for number, segment in enumerate(weights.segments):
-        own = params.segments[number]
-        own.first_tile = segment.first_tile
-        if segment.nested is not None:
-            absmax, nested_map, offset = segment.nested
-            own.nested_absmax, own.offset = absmax.data_ptr(), offset.data_ptr()
-            params.nested_map = nested_map.data_ptr()
-        if biases:
-            own.bias = biases[number].data_ptr()
     stream = torch.cuda.current_stream(out.device).cuda_stream
     product, finish = kernels_of(
         shape.template,
@@ -298,9 +273,39 @@ def launch_product(
     block = (32 * shape.warps, 1, 1)
     launch(product, grid, block, shape.shared_bytes, params, stream, dependent=True)
     if shape.splits > 1:
-        rows = 16 * tiles // unit
-        grid = (-(-rows // _FINISH_THREADS), tokens, 1)
+        rows = 16 * params.tiles // params.tile_unit
+        grid = (-(-rows // _FINISH_THREADS), params.tokens, 1)
         launch(finish, grid, (_FINISH_THREADS, 1, 1), 0, params, stream, dependent=True)
+
+
+def launch_wide_product(
+    x: torch.Tensor,
+    weights: TiledSet,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    shape: WideShape,
+    biases: Sequence[torch.Tensor] = (),
+    *,
+    gated: bool = False,
+) -> None:
+    """Launches the kernel for many tokens once, as is said.
+
+    Args:
+        x: As for `multiply`, and not normalised.
+        weights: The set.
+        out: As for `multiply`.
+        scratch: uint8, at least wide_launch.partial_bytes(shape, …).
+        shape: For as many tokens at least.
+        biases: As for `multiply`.
+        gated: As for `multiply`.
+
+    Raises:
+        CudaError: The driver refuses the launch.
+    """
+    params = product_params(x, weights, out, scratch, biases, gated=gated)
+    stream = torch.cuda.current_stream(out.device).cuda_stream
+    kernels = wide_kernels(shape.template, x.dtype, weights.scales.dtype, shape.warpgroups)
+    launch_wide(*kernels, params, shape, stream)
 
 
 MOST_NORMED = 4
@@ -347,7 +352,7 @@ def product_key(
         template=template_of(tokens),
         columns=weights.columns,
         tiles=len(weights.codes),
-        unit=_unit(weights),
+        unit=unit_of(weights),
     )
 
 
@@ -364,31 +369,12 @@ def _shape(
         tokens=tokens,
         columns=weights.columns,
         tiles=len(weights.codes),
-        unit=_unit(weights),
+        unit=unit_of(weights),
         processors=processors,
         shared_limit=shared_limit,
         warps=warps,
         splits=splits,
     )
-
-
-@cache
-def scaled_levels(codebook: str, dtype: torch.dtype) -> tuple[ctypes.Array[ctypes.c_uint16], float]:
-    """The codebook in the input's type, times a number at which its rounding is least.
-
-    Without it a level of nf4 is off by up to 2⁻⁹ in bfloat16, for every weight that has it. The
-    sums are multiplied with the number's inverse, in float32.
-
-    Returns:
-        Bits of the 16 levels, and what the sums are multiplied with.
-    """
-    levels = codebook_of(codebook).double()
-    factors = torch.linspace(0.5, 1.0, _CANDIDATES + 1, dtype=torch.float64)[1:, None]
-    rounded = (levels * factors).float().to(dtype)
-    errors = (rounded.double() / factors - levels) / levels.abs().clamp(min=1e-9)
-    best = int(errors.square().sum(dim=1).argmin())
-    bits = rounded[best].view(torch.int16).int() & 0xFFFF
-    return (ctypes.c_uint16 * 16)(*bits.tolist()), 1 / float(factors[best])
 
 
 @cache
@@ -410,10 +396,6 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _unit(weights: TiledSet) -> int:
-    return weights.segments[0].tile_stride
 
 
 def _reciprocal(steps: int) -> int:

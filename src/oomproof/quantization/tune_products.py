@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from oomproof.formats import ceil_div
-from oomproof.quantization.products_tiled import NormedInput, launch_product
+from oomproof.quantization.product_params import NormedInput
+from oomproof.quantization.products_tiled import launch_product
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import (
     LaunchShape,
