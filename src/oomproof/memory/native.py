@@ -7,7 +7,9 @@ request), B the requests at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from oomproof.formats import DType, ceil_div
 from oomproof.memory.arena import ALIGNMENT_BYTES, Buffer, Layout, lay_out
@@ -20,6 +22,9 @@ from oomproof.units import MIB, round_up
 CHUNK_TOKENS = 2048
 """A prompt is processed this many tokens at a time; quantized weights are dequantized for each."""
 _LEAST_SCRATCH_BYTES = 32 * MIB
+_PROMPT_SIZES = (64, 512)
+_PIECE_TOKENS = 256
+"""Tokens that a piece of a prompt is slower by than its own: an H200 dequantizes an 8B in 5 ms."""
 PINNED_BYTES = 256 * MIB
 """Page-locked host memory that a checkpoint's bytes pass through."""
 DEVICE_STAGING_BYTES = 192 * MIB
@@ -109,6 +114,41 @@ def layer_kv_bytes(
     per_token = kv_heads * (attention.key_head_dim + attention.value_head_dim)
     tokens = layer_pages(attention, context) * PAGE_TOKENS
     return concurrency * tokens * per_token * dtype.itemsize
+
+
+def prompt_sizes(longest: int) -> tuple[int, ...]:
+    """Tokens of the pieces of a prompt that are recorded, up to the longest chunk."""
+    return tuple(sorted({min(size, longest) for size in (*_PROMPT_SIZES, longest)}))
+
+
+def next_piece(tokens: int, sizes: Sequence[int]) -> int:
+    """The recorded size that comes next for a prompt with so many tokens left.
+
+    Each piece dequantizes every weight, which takes as long as some of its tokens do, and padding
+    takes as long as tokens: the sizes that follow are chosen with it.
+
+    Args:
+        tokens: At least one.
+        sizes: Ascending.
+    """
+    return _pieces(tokens, tuple(sizes))[1]
+
+
+@cache
+def _pieces(tokens: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """(Tokens that all pieces are as slow as, the first piece) of what is left."""
+    largest = sizes[-1]
+    if tokens > largest * 2:
+        return 0, largest
+    padded = next((size for size in sizes if size >= tokens), None)
+    choices = [
+        (_PIECE_TOKENS + size + _pieces(tokens - size, sizes)[0], size)
+        for size in sizes
+        if size < tokens
+    ]
+    if padded is not None:
+        choices.append((_PIECE_TOKENS + padded, padded))
+    return min(choices)
 
 
 def graph_sizes(concurrency: int) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ def computes(weights: TiledSet, device: torch.device) -> bool:
 
 def gates(weights: TiledSet) -> bool:
     """Whether the set is gate and up that take turns, tile by tile."""
-    return _unit(weights) == _PAIR and len(weights.segments) == _PAIR
+    return unit_of(weights) == _PAIR and len(weights.segments) == _PAIR
 
 
 def prepare(

@@ -292,8 +292,10 @@ def _attend_chunk(
     kv_head = head // group
     table = pages + tl.load(slots) * num_pages
     first = tl.load(positions) + first_row
-    end = first + tl.minimum(rows - first_row, ROWS)
     row = first_row + tl.arange(0, ROWS)
+    # Rows of padding come last, and see what the last real one sees, if there is any.
+    padded = tl.load(slots + row, mask=row < rows, other=-1) < 0
+    end = first + ROWS - tl.sum(padded.to(tl.int32), axis=0)
     position = first + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     in_head = (column < HEAD_DIM)[None, :]

@@ -156,7 +156,9 @@ class NativeEngine:
         return True
 
     def _prefill(self, active: _Active) -> list[Event]:
-        tokens, rest = active.pending[: self._chunk], active.pending[self._chunk :]
+        piece = self._running.piece_of(min(len(active.pending), 2 * self._chunk))
+        piece = min(piece, self._chunk)
+        tokens, rest = active.pending[:piece], active.pending[piece:]
         sampling = active.request.sampling
         self._running.prefill(
             tokens,

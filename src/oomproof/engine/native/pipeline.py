@@ -15,7 +15,7 @@ import torch
 from oomproof.engine.native.device import NativeDevice
 from oomproof.engine.native.sampler import Sampler
 from oomproof.engine.native.stage import Head
-from oomproof.memory.native import graph_sizes
+from oomproof.memory.native import graph_sizes, next_piece, prompt_sizes
 from oomproof.memory.sampler import MAX_ALTERNATIVES
 
 PADDING_SLOT = -1
@@ -74,6 +74,8 @@ class Pipeline:
         self._sizes: list[int] = []
         self._steps: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         """(rows, greedy) → a whole step, copies from and to the host in it; on one device."""
+        self._prompts: dict[int, list[torch.cuda.CUDAGraph]] = {}
+        """Tokens of a piece of a prompt → its layers, device after device."""
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
         self._draw_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._is_read = False
@@ -101,15 +103,19 @@ class Pipeline:
     ) -> None:
         """A chunk of one request's prompt, and the token after it where `draws`."""
         rows = len(tokens)
-        self._write(tokens, range(position, position + rows), [slot] * rows, rows)
+        size = rows
+        if most_layers is None:
+            size = next((size for size in self._prompts if size >= rows), rows)
+        graphs = self._prompts.get(size)
+        self._write(tokens, range(position, position + rows), [slot] * rows, size)
         self._send()
         for number, device in enumerate(self.devices):
             if number:
-                self._hand_over(self.devices[number - 1], device, rows)
-            if device.embedding is not None:
-                device.embedding.run(rows)
-            if device.layers is not None:
-                device.layers.run(rows, one_request=True, most_layers=most_layers)
+                self._hand_over(self.devices[number - 1], device, size)
+            if graphs is None:
+                self._run_prompt(device, size, most_layers=most_layers)
+            else:
+                graphs[number].replay()
         if draws:
             assert self._last.final_norm is not None
             self._head.receive(self._last.final_norm.run(rows - 1, 1))
@@ -164,16 +170,22 @@ class Pipeline:
             top_logprobs=self._host_top_logprobs[:rows].tolist() if logprobs else [],
         )
 
+    def piece_of(self, tokens: int) -> int:
+        """How many of a prompt's next tokens are best processed at once."""
+        sizes = list(self._prompts)
+        return next_piece(tokens, sizes) if sizes else tokens
+
     @property
     def graph_sizes(self) -> list[int]:
         """Rows of a decode step for which there are graphs, ascending."""
         return list(self._sizes)
 
     def capture(self, chunk_tokens: int) -> None:
-        """Runs every kind of step once, then records decode steps as CUDA graphs.
+        """Runs every kind of step once, then records them as CUDA graphs.
 
-        Powers of two up to the requests at once, and that number itself. Rows of padding write
-        nothing. Where layers are streamed, steps stay eager: their copies have a schedule.
+        Decode steps of powers of two up to the requests at once, and that number itself; pieces of
+        prompts of prompt_sizes. Rows of padding write nothing. Where layers are streamed, steps
+        stay eager: their copies have a schedule.
 
         Args:
             chunk_tokens: Tokens of a prompt that are processed at once.
@@ -186,8 +198,15 @@ class Pipeline:
         most_layers = None if streamed else 1
         with self.streams():
             # Products have kernels of their own for up to 16, 32 and 64 tokens, and for more.
-            for rows in sorted({min(rows, chunk_tokens) for rows in (1, 17, 33, 65, chunk_tokens)}):
+            sizes = prompt_sizes(chunk_tokens)
+            for rows in sorted({min(rows, chunk_tokens) for rows in (1, 17, 33, 65, *sizes)}):
                 self.prefill([0] * rows, 0, 0, draws=True, greedy=rows > 1, most_layers=most_layers)
+            self._wait()
+            for rows in () if streamed else sizes:
+                self._prompts[rows] = [
+                    _recorded(device, partial(self._run_prompt, device, rows))
+                    for device in self.devices
+                ]
             for rows in graph_sizes(self._requests):
                 self._write([], [], [], rows)
                 self._send()
@@ -235,6 +254,14 @@ class Pipeline:
             device.layers.run(rows, one_request=False, most_layers=most_layers)
         if device.final_norm is not None:
             device.final_norm.run(0, rows)
+
+    def _run_prompt(
+        self, device: NativeDevice, rows: int, *, most_layers: int | None = None
+    ) -> None:
+        if device.embedding is not None:
+            device.embedding.run(rows)
+        if device.layers is not None:
+            device.layers.run(rows, one_request=True, most_layers=most_layers)
 
     def _hand_over(self, device: NativeDevice, following: NativeDevice | None, rows: int) -> None:
         if following is not None:
