@@ -26,6 +26,8 @@ from oomproof.memory.native import (
     graph_sizes,
     layer_kv_bytes,
     layer_pages,
+    next_piece,
+    prompt_sizes,
     scratch_bytes,
     step_buffers,
     step_layout,
@@ -194,6 +196,36 @@ def test_steps_are_recorded_for_powers_of_two_and_for_every_request_at_once(
     requests: int, sizes: tuple[int, ...]
 ) -> None:
     assert graph_sizes(requests) == sizes
+
+
+def test_pieces_of_prompts_are_recorded_up_to_the_chunk() -> None:
+    assert prompt_sizes(2048) == (64, 512, 2048)
+    assert prompt_sizes(512) == (64, 512)
+    assert prompt_sizes(300) == (64, 300)
+    assert prompt_sizes(16) == (16,)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces"),
+    [
+        (1, [64]),
+        (65, [64, 64]),
+        (130, [512]),
+        (600, [64, 64, 512]),
+        (1000, [512, 512]),
+        (1600, [2048]),
+        (2049, [64, 2048]),
+        (5000, [2048, 512, 512, 2048]),
+    ],
+)
+def test_a_prompt_is_cut_into_the_pieces_that_take_the_least_time(
+    tokens: int, pieces: list[int]
+) -> None:
+    found = []
+    while tokens > 0:
+        found.append(next_piece(tokens, (64, 512, 2048)))
+        tokens -= found[-1]
+    assert found == pieces
 
 
 @law
@@ -387,10 +419,15 @@ def test_a_parts_workspace_needs_no_logits_where_the_head_is_elsewhere() -> None
 @pytest.mark.parametrize(("requests", "graphs"), [(1, 1), (4, 3), (20, 6)])
 def test_recorded_steps_take_their_bytes_for_every_layer(requests: int, graphs: int) -> None:
     model = memory_model(known("llama-3.1-8b"), "nf4", concurrency=requests)
-    per_layer = model.profile.graph_bytes_per_layer
-    assert per_layer > 0
-    assert model.terms(0, 34).graphs == graphs * per_layer * 34
-    assert model.terms(10, 20).graphs == graphs * per_layer * 10
+    step, piece = (
+        model.profile.graph_bytes_per_layer,
+        model.profile.prompt_graph_bytes_per_layer,
+    )
+    assert 0 < step < piece
+    # Pieces of 64, 512 and 2,048 tokens.
+    per_layer = graphs * step + 3 * piece
+    assert model.terms(0, 34).graphs == per_layer * 34
+    assert model.terms(10, 20).graphs == per_layer * 10
     on_a_cpu = memory_model(known("llama-3.1-8b"), "nf4", "cpu", concurrency=requests)
     assert on_a_cpu.terms(0, 34).graphs == 0
 

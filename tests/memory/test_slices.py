@@ -8,42 +8,43 @@ from hypothesis import strategies as st
 
 from oomproof.formats import DType, ceil_div
 from oomproof.memory.native import CHUNK_TOKENS, StepShape, scratch_bytes
-from oomproof.memory.slices import SLICE_BYTES, SLICE_RESULTS, Cut, cut_rows, up_rows
+from oomproof.memory.slices import SLICE_BYTES, SLICE_RESULTS, cut_rows, up_rows
 from oomproof.models.resolve import resolve
 from oomproof.units import MIB
 
 law = settings(derandomize=True, deadline=None, max_examples=300)
 
 
-def cut(rows: int, columns: int, *, tokens: int = CHUNK_TOKENS, room: int = 56 * MIB) -> Cut:
+def cut(rows: int, columns: int, *, tokens: int = CHUNK_TOKENS, room: int = 56 * MIB) -> int:
     return cut_rows(tokens=tokens, rows=rows, row_bytes=2 * columns, room_bytes=room)
 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "step"),
-    [(6144, 4096, 2048), (4096, 4096, 2048), (14_336, 4096, 2048), (4096, 14_336, 1024)],
+    [(6144, 4096, 2048), (4096, 4096, 2048), (14_336, 4096, 2048), (4096, 14_336, 2048)],
 )
-def test_a_whole_chunk_has_an_8bs_slices_twice(rows: int, columns: int, step: int) -> None:
-    """Rounds of tiles: 2,048 rows of 4,096 columns are 16 MiB, 1,024 of 14,336 28 MiB."""
-    assert cut(rows, columns) == Cut(rows=step, twice=True)
+def test_a_whole_chunk_has_slices_of_two_rounds_of_tiles(
+    rows: int, columns: int, step: int
+) -> None:
+    assert cut(rows, columns) == step
 
 
 def test_few_tokens_have_as_few_slices_as_fit() -> None:
     # 14,336 rows of 8 KiB in two; 1,024 rows would keep a quarter of the GPU busy.
-    assert cut(14_336, 4096, tokens=100) == Cut(rows=7168, twice=False)
-    assert cut(4096, 14_336, tokens=1024) == Cut(rows=2048, twice=False)
+    assert cut(14_336, 4096, tokens=100) == 7168
+    assert cut(4096, 14_336, tokens=1024) == 2048
 
 
 def test_slices_of_a_weight_are_about_equal() -> None:
     # Not 2,048 three times and 1,024.
-    assert cut(7168, 4096) == Cut(rows=1792, twice=True)
+    assert cut(7168, 4096) == 1792
 
 
 @pytest.mark.parametrize(
     "name", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-14b", "llama-3.1-70b", "llama-3.1-405b"]
 )
 @pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT32])
-def test_planned_scratch_holds_two_slices_of_any_weight(name: str, dtype: DType) -> None:
+def test_planned_scratch_holds_a_wide_slice_of_any_weight(name: str, dtype: DType) -> None:
     spec = resolve(name)
     room = scratch_bytes(
         spec,
@@ -59,8 +60,7 @@ def test_planned_scratch_holds_two_slices_of_any_weight(name: str, dtype: DType)
             row_bytes=columns * dtype.itemsize,
             room_bytes=room,
         )
-        assert found.twice
-        assert found.rows >= min(rows, 1024 // 2 + 128)
+        assert found >= min(rows, 1024 + 128)
 
 
 @law
@@ -75,12 +75,12 @@ def test_slices_fit_and_leave_nothing_over(
     tokens: int, rows: int, row_bytes: int, room: int, most: int | None
 ) -> None:
     found = cut_rows(tokens=tokens, rows=rows, row_bytes=row_bytes, room_bytes=room, most_rows=most)
-    assert 1 <= found.rows <= rows
-    assert most is None or found.rows <= most
-    assert found.rows == 1 or found.rows * row_bytes * (1 + found.twice) <= room
-    if found.twice and most is None:
+    assert 1 <= found <= rows
+    assert most is None or found <= most
+    assert found == 1 or found * row_bytes <= room
+    if most is None and found > 1:
         limit = max(SLICE_BYTES, ceil_div(SLICE_RESULTS, tokens) * row_bytes)
-        assert found.rows * row_bytes <= limit
+        assert found * row_bytes <= limit
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,12 @@ class MemoryModel:
         self._comm_bytes = 0
         if not self.profile.is_static:
             self._comm_bytes = 2 * chunk_tokens(demand.context, self.profile) * hidden_bytes
-        graphs = len(native.graph_sizes(demand.concurrency))
-        self._graph_bytes = graphs * self.profile.graph_bytes_per_layer
+        steps = len(native.graph_sizes(demand.concurrency))
+        pieces = len(native.prompt_sizes(native.chunk_tokens(demand.context)))
+        self._graph_bytes = (
+            steps * self.profile.graph_bytes_per_layer
+            + pieces * self.profile.prompt_graph_bytes_per_layer
+        )
 
     def _layer_kv_bytes(self, attention: AttentionSpec) -> int:
         demand = self.demand
@@ -125,7 +129,7 @@ class MemoryModel:
         )
 
     def graphs_bytes(self, first: int, end: int) -> int:
-        """What recorded decode steps of units first … end-1 take from the driver."""
+        """What recorded steps of units first … end-1 take from the driver."""
         return self._graph_bytes * (end - first)
 
     def _workspace_bytes(self, largest_linear: int, has_head: bool) -> int:

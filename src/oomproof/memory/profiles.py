@@ -69,6 +69,8 @@ class EngineProfile:
     """Whether KV pool and workspace are what memory/native.py lists, allocated once."""
     graph_bytes_per_layer: int = 0
     """What a decode step recorded as a CUDA graph takes from the driver, for each layer."""
+    prompt_graph_bytes_per_layer: int = 0
+    """The same for a piece of a prompt, which has more launches."""
     loading_bytes: int = 0
     """What loading takes on the device, whatever the model."""
 
@@ -216,6 +218,7 @@ def native_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:  # noqa
         "(benchmarks/results/rehearsals-native-h200.jsonl)",
         is_static=True,
         graph_bytes_per_layer=_GRAPH_BYTES_PER_LAYER if on_gpu else 0,
+        prompt_graph_bytes_per_layer=_PROMPT_GRAPH_BYTES_PER_LAYER if on_gpu else 0,
         loading_bytes=DEVICE_STAGING_BYTES if on_gpu else 64 * MIB,
     )
 
@@ -223,6 +226,7 @@ def native_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:  # noqa
 _NATIVE_CONTEXT_BYTES = {"hopper": 784 * MIB}
 """GPU architecture → bytes outside torch's allocator, where measured."""
 _GRAPH_BYTES_PER_LAYER = 96 * KIB
+_PROMPT_GRAPH_BYTES_PER_LAYER = 320 * KIB
 
 _ENGINES = {"native": native_profile, "transformers": transformers_profile}
 

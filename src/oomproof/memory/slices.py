@@ -1,13 +1,10 @@
 """How a prompt's products cut a quantized weight: rows that are dequantized and multiplied at once.
 
-A slice is written, and read once by the product after it. Three things say how many rows it has:
-it is still in the second cache when it is read; its product has tiles enough for every
-multiprocessor; and two of them fit into scratch, so that one is written while the other is read.
+A slice is written, and read once by the product after it. Two things say how many rows it has: it
+is still in the second cache when it is read, and its product has tiles for every multiprocessor.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from oomproof.formats import ceil_div
 from oomproof.units import MIB, round_up
@@ -15,31 +12,20 @@ from oomproof.units import MIB, round_up
 SLICE_BYTES = 24 * MIB
 """Of a slice at most, where that is rows enough: about half of Hopper's second cache, for the input
 and the result pass through it too."""
-SLICE_RESULTS = 1 << 21
-"""Values that a slice's product has at least: one round of 128 × 128 tiles on an H200. Slices of
-512 rows made 70B a factor of 2.4 slower with chunks of 1,024 tokens."""
+SLICE_RESULTS = 1 << 22
+"""Values that a slice's product has at least: two rounds of 128 × 128 tiles on an H200."""
 SLICE_ROWS = 2048
-"""Rows of the widest weight that scratch has room for: two slices of a whole chunk."""
+"""Rows of the widest weight that scratch has room for: a slice for a whole chunk."""
 UP_ROWS = 4096
 """Rows of the MLP's up projection whose result waits for its gate at once: two rounds of tiles."""
 _ROW_UNIT = 128
 """Slices are multiples of it, so that the tiles of a product are whole."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
-    """The slices of a weight."""
-
-    rows: int
-    """Of each but the last."""
-    twice: bool
-    """Whether two of them fit into scratch."""
-
-
 def cut_rows(
     *, tokens: int, rows: int, row_bytes: int, room_bytes: int, most_rows: int | None = None
-) -> Cut:
-    """Slices of about equal size: none is left over that would keep the GPU half idle.
+) -> int:
+    """Rows of slices of about equal size: none is left over that would keep the GPU half idle.
 
     Args:
         tokens: Rows of the input.
@@ -49,16 +35,12 @@ def cut_rows(
         most_rows: Of a slice, for another reason; None for no other.
     """
     enough = ceil_div(SLICE_RESULTS, tokens)
-    half = room_bytes // 2 // row_bytes
     # Whole rounds of tiles: with a chunk of 2,048 tokens 1,024 rows are one on an H200.
-    cached = _power_of_two(min(SLICE_BYTES // row_bytes, half))
-    fit = max(enough, cached)
-    twice = fit <= half
-    if not twice:
-        fit = room_bytes // row_bytes
+    cached = _power_of_two(SLICE_BYTES // row_bytes)
+    fit = min(max(enough, cached), room_bytes // row_bytes)
     fit = max(1, min(rows, fit, rows if most_rows is None else most_rows))
     step = ceil_div(rows, ceil_div(rows, fit))
-    return Cut(rows=min(fit, round_up(step, _ROW_UNIT)), twice=twice)
+    return min(fit, round_up(step, _ROW_UNIT))
 
 
 def up_rows(hidden: int, width: int) -> int:

@@ -17,9 +17,9 @@ from oomproof.quantization.tiles import TILE_ROWS
 _OUTPUTS = (torch.bfloat16, torch.float16)
 _SCALES = (torch.float32, torch.uint8, torch.bfloat16)
 _WARPS = 8
-_STEP_BLOCKS = 8
-_BLOCKS_EACH = 16
-"""Blocks of threads for each multiprocessor, at most: each makes its tables once."""
+_STEP_BLOCKS = 4
+_BLOCKS_EACH = 2
+"""Blocks of threads for each multiprocessor, at most: as many as it has room for."""
 
 
 class DequantizeParams(ctypes.Structure):
@@ -88,7 +88,7 @@ def dequantize_tiles(
     grid = min(ceil_div(units, _WARPS), _BLOCKS_EACH * processors)
     kernel = _kernel(out.dtype, weights.scales.dtype, capability)
     stream = torch.cuda.current_stream(out.device).cuda_stream
-    launch(kernel, (grid, 1, 1), (32 * _WARPS, 1, 1), 0, params, stream)
+    launch(kernel, (grid, 1, 1), (32 * _WARPS, 1, 1), 0, params, stream, dependent=True)
 
 
 def prepare_rows(dtype: torch.dtype, scales: torch.dtype, device: torch.device) -> None:

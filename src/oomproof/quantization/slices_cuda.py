@@ -1,22 +1,18 @@
 """Products of torch's own with a weight that is dequantized to scratch, slice after slice.
 
-Where two slices fit, the next one is written on a second stream while the present one is read: a
-product's tiles seldom fill every multiprocessor to its end. Nothing is allocated here.
+Writing the next slice on a second stream while the present one is multiplied gains nothing: a
+product fills the GPU (benchmarks/LOG.md). Nothing is allocated here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from oomproof.memory.slices import cut_rows
 from oomproof.quantization.scratch import ALIGNMENT, aligned
-
-_OVERLAPS = True
-"""Whether the next slice is written beside a product, at all."""
 
 Dequantize = Callable[[int, int, torch.Tensor], None]
 """(first row, end, slice [rows, columns]) → those rows of the weight, written on this stream."""
@@ -55,12 +51,12 @@ class Scratch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Room:
-    """Where slices lie."""
+    """Where slices lie, one after the other."""
 
     step: int
     """Rows of each but the last."""
-    places: tuple[torch.Tensor, ...]
-    """One or two [step, columns], which slices take in turn."""
+    place: torch.Tensor
+    """[step, columns]."""
 
 
 def room_of(x: torch.Tensor, rows: int, scratch: Scratch, *, most_rows: int | None = None) -> Room:
@@ -70,19 +66,14 @@ def room_of(x: torch.Tensor, rows: int, scratch: Scratch, *, most_rows: int | No
         ValueError: Not even a row fits.
     """
     columns = x.shape[1]
-    cut = cut_rows(
+    step = cut_rows(
         tokens=len(x),
         rows=rows,
         row_bytes=columns * x.itemsize,
-        # Halves that begin aligned.
-        room_bytes=scratch.left.numel() // (2 * ALIGNMENT) * (2 * ALIGNMENT),
+        room_bytes=scratch.left.numel(),
         most_rows=most_rows,
     )
-    in_turn = cut.twice and cut.rows < rows and _may_overlap(x)
-    return Room(
-        step=cut.rows,
-        places=tuple(scratch.cut((cut.rows, columns), x.dtype) for _ in range(1 + in_turn)),
-    )
+    return Room(step=step, place=scratch.cut((step, columns), x.dtype))
 
 
 def slices_of(first: int, end: int, step: int) -> list[tuple[int, int]]:
@@ -123,62 +114,8 @@ def multiply(
         out: (first row, end) → where that product goes, [tokens, rows].
         room: Where they lie.
     """
-    if len(room.places) == 1:
-        for first, end in slices:
-            part = room.places[0][: end - first]
-            dequantize(first, end, part)
-            torch.mm(x, part.t(), out=out(first, end))
-            yield first, end
-        return
-    main, side = torch.cuda.current_stream(x.device), _side(x.device)
-    # Everything that scratch or the weight was last used for is before this.
-    side.begun.record(main)
-    side.stream.wait_event(side.begun)
-
-    def write(number: int) -> None:
-        first, end = slices[number]
-        place = number % 2
-        # As torch.cuda.stream does, for a third of the processor's time.
-        torch.cuda.set_stream(side.stream)
-        try:
-            dequantize(first, end, room.places[place][: end - first])
-        finally:
-            torch.cuda.set_stream(main)
-        side.written[place].record(side.stream)
-
-    write(0)
-    for number, (first, end) in enumerate(slices):
-        place = number % 2
-        main.wait_event(side.written[place])
-        torch.mm(x, room.places[place][: end - first].t(), out=out(first, end))
-        side.read[place].record(main)
-        if number + 1 < len(slices):
-            # Behind the product, so that the product's tiles are placed first.
-            if number:
-                side.stream.wait_event(side.read[1 - place])
-            write(number + 1)
+    for first, end in slices:
+        part = room.place[: end - first]
+        dequantize(first, end, part)
+        torch.mm(x, part.t(), out=out(first, end))
         yield first, end
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Side:
-    """A second stream of a device, and what the two wait for."""
-
-    stream: torch.cuda.Stream
-    begun: torch.cuda.Event
-    written: tuple[torch.cuda.Event, torch.cuda.Event]
-    read: tuple[torch.cuda.Event, torch.cuda.Event]
-
-
-@cache
-def _side(device: torch.device) -> _Side:
-    return _Side(
-        stream=torch.cuda.Stream(device=device),
-        begun=torch.cuda.Event(),
-        written=(torch.cuda.Event(), torch.cuda.Event()),
-        read=(torch.cuda.Event(), torch.cuda.Event()),
-    )
-
-
-def _may_overlap(x: torch.Tensor) -> bool:
-    return _OVERLAPS and x.is_cuda
