@@ -86,7 +86,8 @@ def compare_elementwise(device: torch.device, dtype: torch.dtype, bound: float) 
 
 
 def compare_attention(case: Case, device: torch.device, bound: float) -> None:
-    """Chunks of one request, over the border of its ring where it has a window, then a step."""
+    """Chunks of one request, over the border of its ring where it has a window, each with padding
+    behind it or without, then a step."""
     generator = torch.Generator().manual_seed(1)
     rotary = torch.empty(2, 1024, case.head_dim // 2)
     fill_rotary(rotary, RopeSpec(theta=1e4), case.head_dim)
@@ -102,9 +103,9 @@ def compare_attention(case: Case, device: torch.device, bound: float) -> None:
     ]
     partials = torch.empty(SLOTS, case.heads, 4, case.head_dim + 2)
     position = 0
-    steps = [(torch.full((n,), 1), n) for n in CHUNKS]
-    for slots, rows in [*steps, (torch.tensor([0, 1, -1]), 3)]:
-        one_request = len(slots.unique()) == 1
+    chunks = [(torch.full((n,), 1), True, 70 * (number % 2)) for number, n in enumerate(CHUNKS)]
+    for slots, one_request, padding in [*chunks, (torch.tensor([0, 1, -1]), False, 0)]:
+        rows = len(slots)
         at = torch.arange(position, position + rows)
         if not one_request:
             at = torch.tensor([3, position, 5])
@@ -112,12 +113,18 @@ def compare_attention(case: Case, device: torch.device, bound: float) -> None:
             (rows, (case.heads + 2 * case.kv_heads) * case.head_dim), generator=generator
         ).to(case.dtype)
         placed = (at.int(), slots.int(), pages)
-        expected_qkv, found_qkv = qkv.float(), qkv.to(device)
+        expected_qkv, found_qkv = qkv.float().clone(), qkv.to(device)
         expected_norms = [None if norm is None else norm.float() for norm in norms]
         operators.rotate_and_store(
             expected_qkv, rotary, *placed, *expected_pools, *expected_norms, 1e-6
         )
-        there = tuple(tensor.to(device) for tensor in placed)
+        found_qkv = torch.cat((found_qkv, found_qkv[:1].expand(padding, -1)))
+        filled = (at.new_zeros(padding), slots.new_full((padding,), -1))
+        there = (
+            torch.cat((at, filled[0])).int().to(device),
+            torch.cat((slots, filled[1])).int().to(device),
+            pages.to(device),
+        )
         _kernels().rotate_and_store(
             found_qkv,
             rotary.to(device),
@@ -127,7 +134,9 @@ def compare_attention(case: Case, device: torch.device, bound: float) -> None:
             1e-6,
         )
         expected = torch.empty(rows, case.heads * case.head_dim)
-        found = torch.full(expected.shape, torch.nan, dtype=case.dtype, device=device)
+        found = torch.full(
+            (rows + padding, expected.shape[1]), torch.nan, dtype=case.dtype, device=device
+        )
         scale, window = case.head_dim**-0.5, case.window
         operators.attend(
             expected_qkv, *placed, *expected_pools, expected, partials, scale, window, one_request
@@ -136,6 +145,7 @@ def compare_attention(case: Case, device: torch.device, bound: float) -> None:
             found_qkv, *there, *pools, found, partials.to(device), scale, window, one_request
         )
         queries = case.heads * case.head_dim
+        found_qkv, found = found_qkv[:rows], found[:rows]
         assert error(found_qkv[:, :queries], expected_qkv[:, :queries]) < bound
         assert error(found, expected) < bound
         if not one_request:

@@ -91,6 +91,29 @@ def test_in_float32_logits_are_the_references_to_rounding(
     engine.close()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2, sliding"])
+@pytest.mark.parametrize("format_name", ["bf16", "nf4-dq", "int8"])
+@torch.inference_mode()
+def test_recorded_pieces_of_a_prompt_are_what_was_recorded(
+    family: str, format_name: str, tmp_path: Path
+) -> None:
+    folder = random_checkpoint(tmp_path / "model", family, std=0.02)
+    engine = engine_of(folder, format=format_name, context=1024)
+    pipeline = engine._running
+    recorded = pipeline._prompts
+    assert list(recorded) == [64, 512, 1024]
+    prompt = torch.randint(4, 2048, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
+    for tokens in (3, 64, 100, 512, 600, 1000):
+        found = []
+        for graphs in (recorded, {}):
+            pipeline._prompts = graphs
+            run(engine, [request("x", prompt[:tokens], 1)])
+            found.append(pipeline._head.logits[0].double().cpu())
+        # Products of more rows are cut otherwise, and a prompt of other pieces rounds otherwise.
+        assert (found[0] - found[1]).norm() / found[1].norm() < 1e-2
+    engine.close()
+
+
 def test_thirty_two_together_answer_as_each_alone() -> None:
     asked = prompts(32, 2048, 150)
     together = engine_of(bundled_folder(), format="fp32", context=256, concurrency=32)
