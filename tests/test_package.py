@@ -119,10 +119,11 @@ def test_the_readme_shows_targets_that_the_makefile_has() -> None:
 @pytest.mark.parametrize(
     "command", [c for c in _readme_commands() if c.startswith("oomproof plan")]
 )
-def test_each_plan_that_the_readme_shows_runs(command: str) -> None:
+def test_each_plan_that_the_readme_shows_runs(command: str, tmp_path: Path) -> None:
     _, *arguments = shlex.split(command)
     done = subprocess.run(
         [sys.executable, "-c", "from oomproof.cli.main import main; main()", *arguments],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
