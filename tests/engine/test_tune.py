@@ -30,8 +30,7 @@ from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
 from oomproof.quantization.products_tiled import MOST_NORMED
-from oomproof.quantization.tiled_launch import LaunchShape
-from oomproof.quantization.tune_products import ProductTiming
+from oomproof.quantization.tune_products import ProductTiming, Shape
 from oomproof.quantization.tuned import Gpu, own_file, tuned_launches
 from oomproof.units import GIB, MIB
 
@@ -56,7 +55,7 @@ def planned(model: str = LLAMA, **options: Any) -> Plan:
 
 @dataclass
 class FakeBench:
-    """A GPU on which eight warps are always faster by a fifth, and two splits slower."""
+    """A GPU on which eight warps are always faster by a fifth, and each split slower."""
 
     gpu: Gpu = GPU
     limits: tuple[int, int] = (132, 227 << 10)
@@ -67,8 +66,8 @@ class FakeBench:
     def timing(self, product: StepProduct, tokens: int, *, normed: bool) -> Iterator[Time]:
         self.asked.append((product.name, tokens, normed))
 
-        def time(shape: LaunchShape) -> float:
-            return 10.0 * shape.splits * (1 - self.gain * (shape.warps == 8))
+        def time(shape: Shape) -> float:
+            return 10.0 - self.gain * (10.0 * (shape.warps == 8) - shape.splits)
 
         yield time
 
@@ -83,7 +82,7 @@ class FakeBench:
 def test_a_layer_has_four_products_of_the_models_shapes(format_name: str, scales: str) -> None:
     plan = planned(format=format_name)
     keys = {
-        product.name: product.key(3, 132, normed=False)
+        product.name: product.key(4, 132, normed=False)
         for product in products_of(plan, resolve(LLAMA))
     }
     assert {name: (key.columns, key.tiles, key.unit) for name, key in keys.items()} == {
@@ -163,13 +162,13 @@ def tune(bench: FakeBench, told: Callable[[str, ProductTiming], None] | None = N
     return tune_on(bench, plan, spec, products_of(plan, spec), told)
 
 
-def test_every_product_is_measured_for_every_graph_of_at_most_16_requests() -> None:
+def test_every_product_is_measured_for_every_graph_that_multiplies_it_at_once() -> None:
     bench, lines = FakeBench(), []
     found = tune(bench, lambda device, timing: lines.append((device, timing)))
     assert bench.asked == [
         (name, tokens, name in {"qkv", "gate_up"} and tokens <= MOST_NORMED)
         for name in ("qkv", "o", "gate_up", "down")
-        for tokens in (1, 2, 4, 8, 16)
+        for tokens in (1, 2, 4, 8, 16, 24)
     ]
     assert [line[1] for line in lines] == list(found.timings)
     assert {line[0] for line in lines} == {"NVIDIA H200"}
@@ -181,9 +180,12 @@ def test_winners_are_kept_and_looked_up_from_then_on() -> None:
     assert found.file == str(own_file(GPU))
     kept = tuned_launches(GPU)
     assert kept == {timing.key: timing.tuned for timing in found.timings if timing.tuned}
-    # From eight tokens on the rule has eight warps itself.
-    assert {key.template for key in kept} == {1, 2, 4}
-    assert {entry.warps for entry in kept.values()} == {8}
+    # With eight tokens the rule has eight warps itself; with more there is one number of them.
+    assert {key.template for key in kept} == {1, 2, 4, 16, 32}
+    assert {(key.template, entry.warps) for key, entry in kept.items() if entry.warps > 8} == {
+        (16, 16),
+        (32, 12),
+    }
     written = json.loads(Path(found.file).read_text())
     assert written["versions"] == f"torch {torch.__version__}, nvrtc 13.0"
     # A tuning that finds nothing takes back what one found.
@@ -192,7 +194,7 @@ def test_winners_are_kept_and_looked_up_from_then_on() -> None:
 
 
 def test_what_a_gpu_multiplies_in_pieces_is_not_measured() -> None:
-    bench = FakeBench(limits=(128, 99 << 10))
+    bench = FakeBench(gpu=Gpu(name="NVIDIA L40S", capability=(8, 9)), limits=(128, 99 << 10))
     tune(bench)
     assert {1, 2, 4} <= {tokens for _, tokens, _ in bench.asked} <= {1, 2, 4, 8}
 

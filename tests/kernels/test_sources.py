@@ -13,7 +13,7 @@ import pytest
 
 import oomproof
 from oomproof.kernels import source
-from oomproof.kernels.compiler import compile_program
+from oomproof.kernels.compiler import Compiled, compile_program
 from oomproof.kernels.source import Source, Variant, declared_sources
 from oomproof.units import KIB
 from tests.kernels.layout import layout_checks
@@ -33,6 +33,8 @@ def problems_of(declared: Source, variant: Variant, capability: tuple[int, int])
     checks = "".join(map(layout_checks, declared.parameters))
     compiled = compile_program(replace(program, text=program.text + checks), capability)
     problems = []
+    if not compiled.resources:
+        problems.append(f"{program}: the assembler reports no kernel")
     most_shared_bytes = MAX_SHARED_BYTES if declared.only is None else HOPPER_SHARED_BYTES
     if SERIALIZED in compiled.log:
         problems.append(f"{program}: {SERIALIZED}")
@@ -72,6 +74,16 @@ def test_every_source_compiles_without_spills_within_shared_memory(
         for problem in problems_of(declared, variant, capability)
     ]
     assert not problems, "\n".join(problems)
+
+
+def test_a_log_without_the_assemblers_report_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    silent = Compiled(image=b"", log="", resources=())
+    monkeypatch.setattr(f"{__name__}.compile_program", lambda *_: silent)
+    declared = declared_sources()[0]
+    [problem] = problems_of(declared, declared.variants[0], (8, 0))
+    assert "reports no kernel" in problem
 
 
 @needs_nvrtc

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,22 @@ import torch
 from oomproof.quantization import products_tiled
 from oomproof.quantization.handlers import handler
 from oomproof.quantization.product_4bit import INPUTS, PRODUCT_4BIT, SCALES, warps_choices
-from oomproof.quantization.product_params import NormedInput
-from oomproof.quantization.products_tiled import multiply, product_key
+from oomproof.quantization.product_params import NormedInput, product_key
+from oomproof.quantization.products_tiled import multiply
+from oomproof.quantization.products_wide import is_wide, used_template
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import TEMPLATES, LaunchShape, partial_bytes, warps_of
 from oomproof.quantization.tune_products import (
     LEAST_GAIN,
     MAX_SPLITS,
+    MAX_WIDE,
     LaunchTimer,
     ProductTiming,
+    Shape,
     TimedLaunch,
     candidates,
     find_best,
+    wide_candidates,
 )
 from oomproof.quantization.tuned import (
     Gpu,
@@ -124,6 +128,17 @@ def test_where_not_even_the_rules_launch_fits_nothing_is_tried() -> None:
     wide = replace(DOWN, columns=53_248)
     assert tried(wide, shared_limit=99 << 10)[0].splits > 1
     assert tried(wide, shared_limit=99 << 10, scratch_bytes=0) == []
+
+
+@pytest.mark.parametrize(("scales", "warps"), [("float32", 12), ("uint8", 16), ("bfloat16", 16)])
+def test_of_the_kernel_for_many_tokens_a_few_launches_are_tried(scales: str, warps: int) -> None:
+    key = replace(DOWN, template=16, scales=scales, normed=False)
+    shapes = wide_candidates(key, 12, SHARED_LIMIT, SCRATCH_BYTES)
+    assert len({shape.splits for shape in shapes}) == len(shapes) == MAX_WIDE
+    assert {(shape.template, shape.warps) for shape in shapes} == {(16, warps)}
+    # A block has no room for x of more than a third of the columns, and all splits go to scratch.
+    one_too_few = 3 * 12 * 16 * DOWN.tiles * 4 - 1
+    assert wide_candidates(key, 12, SHARED_LIMIT, one_too_few) == []
 
 
 # --- what is kept
@@ -227,7 +242,7 @@ def launches(
 @pytest.mark.usefixtures("h200")
 def test_products_are_launched_as_tuned_and_by_the_rule_where_they_are_not() -> None:
     weights = weights_of("nf4-dq", (48, 4096))
-    key = product_key(2, weights, torch.device("cpu"), normed=False)
+    key = product_key(2, weights, 132, normed=False)
     assert launches(weights, 2) == [(2, 12, 1)]
     keep(key, warps=16, splits=4)
     assert launches(weights, 2) == [(2, 16, 4)]
@@ -246,7 +261,7 @@ def test_products_are_launched_as_tuned_and_by_the_rule_where_they_are_not() -> 
 def test_an_entry_that_no_longer_fits_is_ignored(warps: int, splits: int) -> None:
     weights = weights_of("nf4-dq", (48, 4096))
     keep(
-        product_key(4, weights, torch.device("cpu"), normed=False),
+        product_key(4, weights, 132, normed=False),
         warps=warps,
         splits=splits,
     )
@@ -258,7 +273,7 @@ def test_an_entry_that_shared_memory_has_no_room_for_is_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = weights_of("nf4-dq", (16, 16384))
-    keep(product_key(4, weights, torch.device("cpu"), normed=False), warps=8, splits=1)
+    keep(product_key(4, weights, 132, normed=False), warps=8, splits=1)
     assert launches(weights, 4) == [(4, 8, 1)]
     monkeypatch.setattr(products_tiled, "limits_of", lambda _device: (132, 99 << 10))
     [(tokens, warps, splits)] = launches(weights, 4)
@@ -269,7 +284,7 @@ def test_an_entry_that_shared_memory_has_no_room_for_is_ignored(
 @pytest.mark.usefixtures("h200")
 def test_an_entry_of_other_inputs_is_ignored_where_they_have_no_such_kernel() -> None:
     weights = weights_of("nf4-dq", (48, 4096))
-    keep(product_key(1, weights, torch.device("cpu"), normed=False), warps=8, splits=2)
+    keep(product_key(1, weights, 132, normed=False), warps=8, splits=2)
     assert launches(weights, 1) == [(1, 8, 2)]
     assert launches(weights, 1, dtype=torch.float16) == [(1, 12, 1)]
 
@@ -277,7 +292,7 @@ def test_an_entry_of_other_inputs_is_ignored_where_they_have_no_such_kernel() ->
 @pytest.mark.usefixtures("h200")
 def test_an_entry_whose_sums_find_no_scratch_is_ignored() -> None:
     weights = weights_of("nf4-dq", (48, 4096))
-    keep(product_key(1, weights, torch.device("cpu"), normed=False), warps=8, splits=2)
+    keep(product_key(1, weights, 132, normed=False), warps=8, splits=2)
     assert launches(weights, 1, scratch_bytes=2 * 48 * 4) == [(1, 8, 2)]
     assert launches(weights, 1, scratch_bytes=2 * 48 * 4 - 1) == [(1, 12, 1)]
 
@@ -285,7 +300,7 @@ def test_an_entry_whose_sums_find_no_scratch_is_ignored() -> None:
 @pytest.mark.usefixtures("h200")
 def test_a_normalised_product_is_not_split_whatever_an_entry_says() -> None:
     weights = weights_of("nf4-dq", (48, 4096))
-    key = product_key(1, weights, torch.device("cpu"), normed=True)
+    key = product_key(1, weights, 132, normed=True)
     keep(key, warps=8, splits=2)
     assert launches(weights, 1, normed=True) == [(1, 12, 1)]
     keep(key, warps=8, splits=1)
@@ -297,7 +312,7 @@ def test_a_normalised_product_is_not_split_whatever_an_entry_says() -> None:
 def test_more_tokens_take_the_pieces_of_the_largest_template() -> None:
     weights = weights_of("nf4-dq", (48, 4096))
     assert launches(weights, 20) == [(16, 8, 1), (4, 8, 1)]
-    keep(product_key(16, weights, torch.device("cpu"), normed=False), warps=8, splits=2)
+    keep(product_key(16, weights, 132, normed=False), warps=8, splits=2)
     assert launches(weights, 20) == [(16, 8, 2), (4, 8, 2)]
 
 
@@ -307,7 +322,7 @@ def test_more_tokens_take_the_pieces_of_the_largest_template() -> None:
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("format_name", ["nf4", "nf4-dq", "int4"])
-@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 16, 32, 40])
 @pytest.mark.parametrize("kind", ["plain", "norm", "gate"])
 def test_every_candidate_computes_the_same_product_and_the_kept_one_is_used(
     format_name: str, tokens: int, kind: str
@@ -317,13 +332,20 @@ def test_every_candidate_computes_the_same_product_and_the_kept_one_is_used(
     weights = weights_of(format_name, (112, 4096), in_turn=in_turn, device="cuda")
     scales, gpu = weights.scales.dtype, products_tiled.gpu_of(device)
     products_tiled.prepare(torch.bfloat16, scales, device, every=True)
-    key = product_key(tokens, weights, device, normed=normed)
-    choices = warps_choices(key.template, torch.bfloat16, scales)
-    _, shared_limit = products_tiled.limits_of(device)
-    shapes = candidates(key, tokens, choices, shared_limit, SCRATCH_BYTES)
-    if not shapes:
+    if tokens > TEMPLATES[-1] and not is_wide(tokens, gpu):
         pytest.skip("this GPU multiplies so many tokens in pieces")
-    assert len(shapes) >= len(choices)
+    processors, shared_limit = products_tiled.limits_of(device)
+    key = product_key(used_template(tokens, gpu), weights, processors, normed=normed)
+    shapes: Sequence[Shape]
+    if is_wide(tokens, gpu):
+        shapes = wide_candidates(key, tokens, shared_limit, SCRATCH_BYTES)
+        assert len(shapes) > 1
+    else:
+        choices = warps_choices(key.template, torch.bfloat16, scales)
+        shapes = candidates(key, tokens, choices, shared_limit, SCRATCH_BYTES)
+        if not shapes:
+            pytest.skip("this GPU multiplies so many tokens in pieces")
+        assert len(shapes) >= len(choices)
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
     timer = LaunchTimer(
         [weights] * 3, tokens, torch.bfloat16, scratch, normed=normed, gated=in_turn
@@ -352,7 +374,8 @@ def test_every_candidate_computes_the_same_product_and_the_kept_one_is_used(
 def test_what_tuning_chose_is_compiled_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     weights = weights_of("nf4-dq", (48, 640), device="cuda")
-    key = product_key(1, weights, device, normed=False)
+    processors, _ = products_tiled.limits_of(device)
+    key = product_key(1, weights, processors, normed=False)
     keep(key, warps=8, splits=2, gpu=products_tiled.gpu_of(device))
     products_tiled.prepare(torch.bfloat16, torch.uint8, device)
 

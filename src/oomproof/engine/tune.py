@@ -23,14 +23,17 @@ from oomproof.models.spec import ModelSpec
 from oomproof.planning.plan import DevicePlan, Plan
 from oomproof.quantization.product_4bit import INPUTS, warps_choices
 from oomproof.quantization.products_tiled import MOST_NORMED, gpu_of, limits_of, prepare
-from oomproof.quantization.tiled_launch import TEMPLATES, LaunchShape, template_of
+from oomproof.quantization.products_wide import is_wide, used_template
+from oomproof.quantization.tiled_launch import TEMPLATES
 from oomproof.quantization.tune_products import (
     LaunchTimer,
     ProductTiming,
+    Shape,
     candidates,
     find_best,
+    wide_candidates,
 )
-from oomproof.quantization.tuned import Gpu, claim_file, write_launches
+from oomproof.quantization.tuned import Gpu, ProductKey, claim_file, write_launches
 from oomproof.units import MIB, format_bytes
 
 COPIES_BYTES = 400 * MIB
@@ -41,7 +44,7 @@ _INPUT_BYTES = 32 * MIB
 
 Told = Callable[[str, ProductTiming], None]
 """Called with the device's name and what was measured."""
-Time = Callable[[LaunchShape], float]
+Time = Callable[[Shape], float]
 """Microseconds of a launch."""
 
 
@@ -169,7 +172,7 @@ def tune_on(
     timings = []
     for product in products:
         for tokens in graph_sizes(plan.concurrency):
-            if tokens > TEMPLATES[-1]:
+            if tokens > TEMPLATES[-1] and not is_wide(tokens, bench.gpu):
                 continue
             timing = _tune(bench, plan, scratch_of(plan, spec), product, tokens)
             if timing is None:
@@ -195,17 +198,12 @@ def _tune(
     bench: ProductBench, plan: Plan, scratch: int, product: StepProduct, tokens: int
 ) -> ProductTiming | None:
     """What was measured of a product; None where the step multiplies it in pieces."""
-    processors, shared_limit = bench.limits
-    dtype, scales = getattr(torch, plan.compute_dtype), getattr(torch, product.scales)
-    choices = warps_choices(template_of(tokens), dtype, scales)
-    key = product.key(tokens, processors, normed=False)
-    shapes = candidates(key, tokens, choices, shared_limit, scratch)
+    key, shapes = _choices(bench, plan, scratch, product, tokens, normed=False)
     if not shapes:
         return None
     normed = product.has_norm and tokens <= MOST_NORMED and shapes[0].splits == 1
     if normed:
-        key = product.key(tokens, processors, normed=True)
-        shapes = candidates(key, tokens, choices, shared_limit, scratch)
+        key, shapes = _choices(bench, plan, scratch, product, tokens, normed=True)
     with bench.timing(product, tokens, normed=normed) as time:
         default, best = find_best(shapes, time)
     return ProductTiming(
@@ -216,6 +214,26 @@ def _tune(
         best=best,
         candidates=len(shapes),
     )
+
+
+def _choices(
+    bench: ProductBench,
+    plan: Plan,
+    scratch: int,
+    product: StepProduct,
+    tokens: int,
+    *,
+    normed: bool,
+) -> tuple[ProductKey, Sequence[Shape]]:
+    """(A product's name, the launches that it can have), of the kernel that multiplies it."""
+    processors, shared_limit = bench.limits
+    template = used_template(tokens, bench.gpu)
+    key = product.key(template, processors, normed=normed)
+    if is_wide(tokens, bench.gpu):
+        return key, wide_candidates(key, tokens, shared_limit, scratch)
+    dtype, scales = getattr(torch, plan.compute_dtype), getattr(torch, product.scales)
+    choices = warps_choices(template, dtype, scales)
+    return key, candidates(key, tokens, choices, shared_limit, scratch)
 
 
 def scratch_of(plan: Plan, spec: ModelSpec) -> int:

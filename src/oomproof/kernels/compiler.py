@@ -17,6 +17,10 @@ from oomproof.kernels.source import Program
 
 OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
 """What every program is compiled with; the last writes what a kernel uses into the log."""
+_NO_CACHE = "--no-cache"
+"""What NVRTC kept of an earlier compilation may come without the assembler's report; what is to be
+kept, cache.py keeps."""
+_CACHING_NVRTC = (12, 9)
 _WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
@@ -63,6 +67,9 @@ def compile_program(program: Program, capability: tuple[int, int]) -> Compiled:
     nvrtc = _nvrtc()
     target = target_of(program, capability, _supported(nvrtc))
     options = [f"--gpu-architecture={target}", *compile_options(program)]
+    # Older ones keep nothing, and refuse the option.
+    if _done(nvrtc.nvrtcVersion()) >= _CACHING_NVRTC:
+        options.append(_NO_CACHE)
     headers = sorted(program.headers.items())
     made = _done(
         nvrtc.nvrtcCreateProgram(

@@ -1,11 +1,10 @@
-"""The product kernel for 5 to 64 tokens on Hopper: its variants, and its launch.
+"""The product kernel for 9 to 64 tokens on Hopper: its variants, and its launch.
 
 Its parameters are product_4bit's, with the meanings that cuda/product_4bit_wide.cu says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -14,24 +13,21 @@ from oomproof.kernels.module import Kernel, launch, load_modules
 from oomproof.kernels.source import SM_90A, Source, Variant
 from oomproof.quantization.product_4bit import INPUTS, SCALES, Params
 from oomproof.quantization.wide_launch import (
-    UNIT_TILES,
     WIDE_TEMPLATES,
     WideShape,
     depth_of,
     warpgroups_of,
-    wide_template_of,
 )
 
 SHARED_BYTES = 227 << 10
 """What a block may have on Hopper."""
-_WARPGROUP_THREADS = 128
+_WARP_THREADS = 32
 _FINISH_THREADS = 256
 
 
-def wide_variant(
-    template: int, dtype: torch.dtype, scales: torch.dtype, warpgroups: int
-) -> Variant:
+def wide_variant(template: int, dtype: torch.dtype, scales: torch.dtype) -> Variant:
     """One of the declared variants."""
+    warpgroups = warpgroups_of(template, scales.itemsize)
     return Variant(
         defines={
             "TOKENS": template,
@@ -48,7 +44,7 @@ PRODUCT_4BIT_WIDE = Source(
     path="quantization/cuda/product_4bit_wide.cu",
     headers=("quantization/cuda/product_4bit.cuh", "kernels/cuda/sixteen_bits.cuh"),
     variants=tuple(
-        wide_variant(template, dtype, scales, warpgroups_of(template))
+        wide_variant(template, dtype, scales)
         for template in WIDE_TEMPLATES
         for dtype in INPUTS
         for scales in SCALES
@@ -59,39 +55,30 @@ PRODUCT_4BIT_WIDE = Source(
 
 
 @cache
-def wide_kernels(
-    template: int, dtype: torch.dtype, scales: torch.dtype, warpgroups: int
-) -> tuple[Kernel, Kernel]:
-    """(The product, what adds up splits in memory), compiled or read, and loaded."""
-    variant = wide_variant(template, dtype, scales, warpgroups)
+def wide_kernels(template: int, dtype: torch.dtype, scales: torch.dtype) -> tuple[Kernel, Kernel]:
+    """(The product, what adds up its splits), compiled or read, and loaded."""
+    variant = wide_variant(template, dtype, scales)
     [module] = load_modules(PRODUCT_4BIT_WIDE, [variant], SM_90A.capability)
     return module.kernel("product_4bit_wide", Params), module.kernel("finish_4bit", Params)
 
 
-def prepare_wide(
-    dtype: torch.dtype, scales: torch.dtype, shared_limit: int, tokens: Iterable[int]
-) -> None:
-    """Compiles (or reads) and loads the kernels for so many tokens, onto the current device.
+def prepare_wide(dtype: torch.dtype, scales: torch.dtype, shared_limit: int) -> None:
+    """Compiles (or reads) and loads the kernels for these types, onto the current device.
 
     Args:
         dtype: Of inputs.
         scales: Of stored scales.
         shared_limit: Bytes of shared memory that a block may have.
-        tokens: Of all launches there will be.
 
     Raises:
         CudaError: The driver refuses the machine code.
         KernelCompileError: NVRTC refuses the source.
         MissingDependencyError: NVRTC, or Python's way to it, is not installed.
     """
-    chosen = [
-        (template, warpgroups_of(template))
-        for template in sorted(set(map(wide_template_of, tokens)))
-    ]
-    variants = [wide_variant(template, dtype, scales, groups) for template, groups in chosen]
+    variants = [wide_variant(template, dtype, scales) for template in WIDE_TEMPLATES]
     load_modules(PRODUCT_4BIT_WIDE, variants, SM_90A.capability)
-    for template, groups in chosen:
-        product, finish = wide_kernels(template, dtype, scales, groups)
+    for template in WIDE_TEMPLATES:
+        product, finish = wide_kernels(template, dtype, scales)
         product.prepare(shared_limit)
         finish.prepare()
 
@@ -99,7 +86,7 @@ def prepare_wide(
 def launch_wide(
     product: Kernel, finish: Kernel, params: Params, shape: WideShape, stream: int
 ) -> None:
-    """Launches the kernel once.
+    """Launches the kernel once, and what adds up its splits.
 
     Args:
         product: See `wide_kernels`.
@@ -109,25 +96,14 @@ def launch_wide(
         stream: Where.
 
     Raises:
-        CudaError: The driver refuses the launch.
+        CudaError: The driver refuses a launch.
     """
     params.splits, params.steps = shape.splits, shape.steps
     params.units_per_block = shape.units_per_block
     params.blocks_with_more = shape.blocks_with_more
-    params.most_tiles = UNIT_TILES * shape.most_units
-    if shape.clustered:
-        params.partials = None
-    launch(
-        product,
-        (shape.blocks * shape.splits, 1, 1),
-        (shape.warpgroups * _WARPGROUP_THREADS, 1, 1),
-        shape.shared_bytes,
-        params,
-        stream,
-        dependent=True,
-        cluster=shape.splits if shape.clustered else 1,
-    )
-    if not shape.clustered:
-        rows = 16 * params.tiles // params.tile_unit
-        grid = (-(-rows // _FINISH_THREADS), params.tokens, 1)
-        launch(finish, grid, (_FINISH_THREADS, 1, 1), 0, params, stream, dependent=True)
+    grid = (shape.blocks * shape.splits, 1, 1)
+    block = (_WARP_THREADS * shape.warps, 1, 1)
+    launch(product, grid, block, shape.shared_bytes, params, stream, dependent=True)
+    rows = 16 * params.tiles // params.tile_unit
+    grid = (-(-rows // _FINISH_THREADS), params.tokens, 1)
+    launch(finish, grid, (_FINISH_THREADS, 1, 1), 0, params, stream, dependent=True)

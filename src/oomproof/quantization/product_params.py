@@ -12,6 +12,7 @@ import torch
 from oomproof.quantization.product_4bit import Params
 from oomproof.quantization.tables import codebook_of
 from oomproof.quantization.tiled import TiledSet
+from oomproof.quantization.tuned import ProductKey
 
 _CANDIDATES = 4096
 
@@ -84,6 +85,24 @@ def product_params(
 def unit_of(weights: TiledSet) -> int:
     """Tiles that belong together: 2 where gate and up take turns."""
     return weights.segments[0].tile_stride
+
+
+def product_key(template: int, weights: TiledSet, processors: int, *, normed: bool) -> ProductKey:
+    """What a product is called in the table of tuned launches."""
+    return ProductKey(
+        processors=processors,
+        scales=type_name(weights.scales.dtype),
+        normed=normed,
+        template=template,
+        columns=weights.columns,
+        tiles=len(weights.codes),
+        unit=unit_of(weights),
+    )
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """Such as "uint8"."""
+    return str(dtype).removeprefix("torch.")
 
 
 @cache

@@ -8,7 +8,6 @@ from functools import cache
 import torch
 
 from oomproof.kernels.module import launch, load_modules
-from oomproof.kernels.source import SM_90A
 from oomproof.quantization.product_4bit import (
     INPUTS,
     MAX_SEGMENTS,
@@ -17,8 +16,15 @@ from oomproof.quantization.product_4bit import (
     variant_of,
     warps_choices,
 )
-from oomproof.quantization.product_4bit_wide import launch_wide, prepare_wide, wide_kernels
-from oomproof.quantization.product_params import NormedInput, product_params, unit_of
+from oomproof.quantization.product_4bit_wide import prepare_wide
+from oomproof.quantization.product_params import (
+    NormedInput,
+    product_key,
+    product_params,
+    type_name,
+    unit_of,
+)
+from oomproof.quantization.products_wide import has_wide, launch_wide_product, wide_pieces
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import (
     MAX_TOKENS,
@@ -28,12 +34,8 @@ from oomproof.quantization.tiled_launch import (
     partial_bytes,
     template_of,
 )
-from oomproof.quantization.tuned import Gpu, ProductKey, tuned_launch, tuned_launches
-from oomproof.quantization.wide_launch import WIDE_TEMPLATES, WideShape, wide_shape
+from oomproof.quantization.tuned import Gpu, tuned_launch, tuned_launches
 
-WIDE_TOKENS: int | None = None
-"""From so many tokens on the kernel for many multiplies (cuda/product_4bit_wide.cu), where the GPU
-has the instructions; None for never."""
 _FINISH_THREADS = 256
 _PAIR = 2
 
@@ -84,7 +86,7 @@ def prepare(
     known = {
         (product.template, tuned.warps)
         for product, tuned in tuned_launches(gpu).items()
-        if (product.processors, product.scales) == (processors, _name(scales))
+        if (product.processors, product.scales) == (processors, type_name(scales))
     }
     chosen = [
         (template, warps)
@@ -101,8 +103,8 @@ def prepare(
             product, finish = kernels_of(template, dtype, scales, warps, gpu.capability)
             product.prepare(shared_limit)
             finish.prepare()
-        if WIDE_TOKENS is not None and gpu.capability == SM_90A.capability:
-            prepare_wide(dtype, scales, shared_limit, range(WIDE_TOKENS, MAX_TOKENS + 1))
+        if has_wide(gpu):
+            prepare_wide(dtype, scales, shared_limit)
 
 
 def multiply(
@@ -131,9 +133,14 @@ def multiply(
     if gated and unit_of(weights) != _PAIR:
         raise ValueError("only gate and up that take turns, tile by tile, are gated")
     if isinstance(x, torch.Tensor):
-        wide = _wide(x, weights, scratch.nbytes)
-        if wide is not None:
-            launch_wide_product(x, weights, out, scratch, wide, biases, gated=gated)
+        gpu, limits = gpu_of(x.device), limits_of(x.device)
+        wide = wide_pieces(len(x), weights, gpu, *limits, scratch.nbytes)
+        for first, end, wide_shape in wide:
+            rows = slice(first, end)
+            launch_wide_product(
+                x[rows], weights, out[rows], scratch, wide_shape, biases, gated=gated
+            )
+        if wide:
             return
     tokens = len(x.hidden if isinstance(x, NormedInput) else x)
     for first, end, shape in _pieces(x, weights, scratch.nbytes):
@@ -190,23 +197,6 @@ def _pieces(
                 ]
         assert piece > 1, f"{scratch_bytes} bytes of scratch are too few for one token"
         piece = max(template for template in TEMPLATES if template < piece)
-
-
-def _wide(x: torch.Tensor, weights: TiledSet, scratch_bytes: int) -> WideShape | None:
-    """The launch of the kernel for many tokens, where it is to multiply and can."""
-    if WIDE_TOKENS is None or not WIDE_TOKENS <= len(x) <= WIDE_TEMPLATES[-1]:
-        return None
-    if gpu_of(x.device).capability != SM_90A.capability:
-        return None
-    processors, shared_limit = limits_of(x.device)
-    return wide_shape(
-        tokens=len(x),
-        columns=weights.columns,
-        tiles=len(weights.codes),
-        processors=processors,
-        shared_limit=shared_limit,
-        scratch_bytes=scratch_bytes,
-    )
 
 
 def _rows(x: torch.Tensor | NormedInput, first: int, end: int) -> torch.Tensor | NormedInput:
@@ -278,36 +268,6 @@ def launch_product(
         launch(finish, grid, (_FINISH_THREADS, 1, 1), 0, params, stream, dependent=True)
 
 
-def launch_wide_product(
-    x: torch.Tensor,
-    weights: TiledSet,
-    out: torch.Tensor,
-    scratch: torch.Tensor,
-    shape: WideShape,
-    biases: Sequence[torch.Tensor] = (),
-    *,
-    gated: bool = False,
-) -> None:
-    """Launches the kernel for many tokens once, as is said.
-
-    Args:
-        x: As for `multiply`, and not normalised.
-        weights: The set.
-        out: As for `multiply`.
-        scratch: uint8, at least wide_launch.partial_bytes(shape, …).
-        shape: For as many tokens at least.
-        biases: As for `multiply`.
-        gated: As for `multiply`.
-
-    Raises:
-        CudaError: The driver refuses the launch.
-    """
-    params = product_params(x, weights, out, scratch, biases, gated=gated)
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    kernels = wide_kernels(shape.template, x.dtype, weights.scales.dtype, shape.warpgroups)
-    launch_wide(*kernels, params, shape, stream)
-
-
 MOST_NORMED = 4
 """Tokens that the kernel normalises by itself at most: with more a kernel of its own is faster, for
 here every block normalises all of them."""
@@ -326,7 +286,7 @@ def _shapes(
 ) -> Iterator[LaunchShape]:
     """Launches for so many tokens, the better one first: as tuned here, and by the rule."""
     dtype, scales, device = source.dtype, weights.scales.dtype, source.device
-    key = product_key(tokens, weights, device, normed=normed)
+    key = product_key(template_of(tokens), weights, limits_of(device)[0], normed=normed)
     tuned = tuned_launch(gpu_of(device), key)
     if (
         tuned is not None
@@ -339,21 +299,6 @@ def _shapes(
     by_rule = _shape(tokens, weights, device)
     if by_rule is not None:
         yield by_rule
-
-
-def product_key(
-    tokens: int, weights: TiledSet, device: torch.device, *, normed: bool
-) -> ProductKey:
-    """What a product of so many tokens is called in the table of tuned launches."""
-    return ProductKey(
-        processors=limits_of(device)[0],
-        scales=_name(weights.scales.dtype),
-        normed=normed,
-        template=template_of(tokens),
-        columns=weights.columns,
-        tiles=len(weights.codes),
-        unit=unit_of(weights),
-    )
 
 
 def _shape(
@@ -392,10 +337,6 @@ def gpu_of(device: torch.device) -> Gpu:
         name=torch.cuda.get_device_name(device),
         capability=torch.cuda.get_device_capability(device),
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _reciprocal(steps: int) -> int:

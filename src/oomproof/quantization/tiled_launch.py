@@ -13,7 +13,8 @@ from oomproof.formats import ceil_div
 from oomproof.quantization.tiles import TILE_ROWS
 
 MAX_TOKENS = 64
-"""Of a product by the kernel, 16 a launch; more are multiplied with dequantized slices."""
+"""Of a product by kernels that read tiles: 16 a launch, on Hopper all (wide_launch.py). More are
+multiplied with dequantized slices."""
 TEMPLATES = (1, 2, 4, 8, 16)
 """Tokens of a launch that the kernel is compiled for: what is more takes several, in turn."""
 LEAST_SHARED_BYTES = 99 << 10

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from oomproof.formats import ceil_div
 from oomproof.quantization.product_params import NormedInput
 from oomproof.quantization.products_tiled import launch_product
+from oomproof.quantization.products_wide import launch_wide_product
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import (
     LaunchShape,
@@ -27,14 +28,21 @@ from oomproof.quantization.tiled_launch import (
 )
 from oomproof.quantization.tiles import TILE_ROWS
 from oomproof.quantization.tuned import ProductKey, TunedLaunch
+from oomproof.quantization.wide_launch import WideShape, warpgroups_of, wide_shapes
 
 LEAST_GAIN = 0.02
 """Of the rule's time: what saves less may be chance."""
 MAX_SPLITS = 8
 """Of the columns, that are tried."""
+MAX_WIDE = 8
+"""Launches of the kernel for many tokens that are tried: it has more, most of them slow."""
 _REPEATS = 7
 _LAUNCHES = 64
 """Of a graph, at least."""
+
+Shape = LaunchShape | WideShape
+"""A launch of either kernel."""
+_AnyShape = TypeVar("_AnyShape", bound=Shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +136,25 @@ def candidates(
     return list(dict.fromkeys([by_rule, *(shape for shape in shapes if shape is not None)]))
 
 
+def wide_candidates(
+    key: ProductKey, tokens: int, shared_limit: int, scratch_bytes: int
+) -> list[WideShape]:
+    """Likewise of the kernel for many tokens, which has its one number of warps."""
+    scale_bytes = getattr(torch, key.scales).itemsize
+    shapes = wide_shapes(
+        tokens=tokens,
+        columns=key.columns,
+        tiles=key.tiles,
+        warpgroups=warpgroups_of(key.template, scale_bytes),
+        processors=key.processors,
+        shared_limit=shared_limit,
+        scratch_bytes=scratch_bytes,
+    )
+    return list(shapes[:MAX_WIDE])
+
+
 def find_best(
-    shapes: Sequence[LaunchShape], time: Callable[[LaunchShape], float]
+    shapes: Sequence[_AnyShape], time: Callable[[_AnyShape], float]
 ) -> tuple[TimedLaunch, TimedLaunch]:
     """(The first one, the best): another than the first only where it saves LEAST_GAIN.
 
@@ -151,7 +176,7 @@ def find_best(
     return _timed(default, default_us), _timed(fastest, best_us)
 
 
-def _timed(shape: LaunchShape, us: float) -> TimedLaunch:
+def _timed(shape: Shape, us: float) -> TimedLaunch:
     return TimedLaunch(warps=shape.warps, splits=shape.splits, us=us)
 
 
@@ -196,7 +221,7 @@ class LaunchTimer:
                 multiplier=1.0,
             )
 
-    def __call__(self, shape: LaunchShape) -> float:
+    def __call__(self, shape: Shape) -> float:
         """Microseconds of a launch: the median of several replays of a graph of many."""
         rounds = ceil_div(_LAUNCHES, len(self._copies))
         device = self._scratch.device
@@ -205,9 +230,7 @@ class LaunchTimer:
         with torch.cuda.device(device), torch.cuda.stream(self._stream):
             with _recorded() as graph:
                 for weights in (*self._copies,) * rounds:
-                    launch_product(
-                        self.x, weights, self.out, self._scratch, shape, gated=self._gated
-                    )
+                    self._launch(weights, shape)
             times: list[float] = []
             for _ in range(_REPEATS):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -220,6 +243,13 @@ class LaunchTimer:
                 times.append(begin.elapsed_time(end))
             graph.reset()
         return 1e3 * median(times) / (rounds * len(self._copies))
+
+    def _launch(self, weights: TiledSet, shape: Shape) -> None:
+        if isinstance(shape, LaunchShape):
+            launch_product(self.x, weights, self.out, self._scratch, shape, gated=self._gated)
+        else:
+            assert isinstance(self.x, torch.Tensor), "what is normalised has few tokens"
+            launch_wide_product(self.x, weights, self.out, self._scratch, shape, gated=self._gated)
 
 
 @contextmanager

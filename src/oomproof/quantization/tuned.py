@@ -2,8 +2,9 @@
 
 One JSON file a kind of GPU, `tuning/<name>-<compute capability>.json` in oomproof's home; the
 package may bring files of the same form in `quantization/tuning/`, which one's own go before. A
-process reads them once. What is not in them is launched by rule (tiled_launch.py), and a file that
-cannot be used is as good as none, said once: nobody's model stays unloaded for its speed.
+process reads them once. What is not in them is launched by rule (tiled_launch.py, wide_launch.py),
+and a file that cannot be used is as good as none, said once: nobody's model stays unloaded for its
+speed.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class TunedLaunch:
 
     product: ProductKey
     warps: int
+    """Of a block: they tell kernels of the same template apart."""
     splits: int
     default_us: float
     """Time of the rule's launch."""

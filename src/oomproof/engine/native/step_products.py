@@ -15,7 +15,6 @@ from oomproof.memory.weights import stored
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.plan import Plan
 from oomproof.quantization.tiled import TiledSet
-from oomproof.quantization.tiled_launch import template_of
 from oomproof.quantization.tiled_writer import SCALES
 from oomproof.quantization.tiles import TILE_ROWS
 from oomproof.quantization.tuned import ProductKey
@@ -52,7 +51,7 @@ class StepProduct:
         components = self.block.placed[0].held.components
         return next(part.dtype for part in components if part.name in SCALES)
 
-    def key(self, tokens: int, processors: int, *, normed: bool) -> ProductKey:
+    def key(self, template: int, processors: int, *, normed: bool) -> ProductKey:
         """Its name in the table of launches."""
         first = self.block.placed[0]
         assert first.tiling is not None
@@ -60,7 +59,7 @@ class StepProduct:
             processors=processors,
             scales=str(self.scales),
             normed=normed,
-            template=template_of(tokens),
+            template=template,
             columns=first.matrix_shape[1],
             tiles=first.tiling.tiles,
             unit=first.tiling.tile_stride,

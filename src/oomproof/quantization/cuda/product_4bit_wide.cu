@@ -1,4 +1,4 @@
-// Products of 5 to 64 tokens with 4-bit weights on Hopper: out [tokens, rows] = x [tokens, columns] · Wᵀ.
+// Products of 9 to 64 tokens with 4-bit weights on Hopper: out [tokens, rows] = x [tokens, columns] · Wᵀ.
 //
 // As product_4bit.cu: lanes hold fragments of the left side in the order of mma.m16n8k16, and a byte
 // (two codes) indexes a table of value pairs in shared memory. Here four warps multiply 64 rows at
@@ -13,15 +13,13 @@
 // The work is a grid of units (4 tiles, 64 rows) × splits of the columns, small enough that x of a
 // split fits into shared memory beside the table. A block of threads has a range of units and one
 // split; its warpgroups share the steps (64 rows × 256 columns) of them evenly. Sums of a unit whose
-// steps several warpgroups have meet in shared memory. Then either the splits are a cluster's blocks,
-// which add up each other's sums through distributed shared memory, or sums go to memory for
-// finish_4bit. All is added in one order: results repeat bit for bit.
+// steps several warpgroups have meet in shared memory. They go to `partials`, and finish_4bit adds up
+// the splits, even where there is one. All is added in one order: results repeat bit for bit.
 //
-// Params are those of product_4bit.cu, with other meanings: `steps` are of 256 columns,
-// `units_per_block` are of 64 rows, `most_tiles` is 4 × the most units of a block, and `partials` is
-// null where a cluster adds up the splits. The grid is blocks · splits wide, splits first.
+// Params are those of product_4bit.cu, with other meanings: `steps` are of 256 columns, and
+// `units_per_block` are of 64 rows. The grid is blocks · splits wide, splits first.
 //
-// Macros: TOKENS 8, 16, 32, 64; INPUT, SCALES as in product_4bit.cuh; WARPGROUPS of a block; DEPTH
+// Macros: TOKENS 16, 32, 64; INPUT, SCALES as in product_4bit.cuh; WARPGROUPS of a block; DEPTH
 // steps that are fetched ahead.
 
 #include "product_4bit.cuh"
@@ -29,7 +27,6 @@
 typedef unsigned long long uint64;
 
 constexpr int THREADS = WARPGROUPS * 128;
-constexpr int WARPS = WARPGROUPS * 4;
 constexpr int EIGHTS = TOKENS / 8;                 // of tokens
 constexpr int SUMS = 4 * EIGHTS;                   // of a lane
 constexpr int STEP = 4;                            // blocks of 64 columns
@@ -40,7 +37,6 @@ constexpr int X_AT = TABLE_AT + TABLE_BYTES;       // a multiple of 1024, as the
 constexpr int X_BLOCK_BYTES = TOKENS * 128;        // 64 columns of all tokens
 constexpr uint32 X_PLACE = X_AT >> 4 | 1u << 16;   // see x_of()
 constexpr int UNIT_FLOATS = 64 * TOKENS;
-constexpr int MOST_SPLITS = 8;                     // of a cluster
 
 extern __shared__ __align__(1024) uint8 shared[];
 
@@ -80,14 +76,10 @@ __device__ __forceinline__ void refill(uint4& v, const void* address, bool some)
   "{.reg .pred p; setp.ne.b32 p, %" keep ", 0; wgmma.mma_async.sync.aligned.m64n" tokens           \
   WGMMA_TYPES "{" sums "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" b ", p, 1, 1, 0;}"
 #define FOUR(c, n) "+f"(c[4 * n]), "+f"(c[4 * n + 1]), "+f"(c[4 * n + 2]), "+f"(c[4 * n + 3])
-#define SUMS_8 "%0,%1,%2,%3"
-#define SUMS_16 SUMS_8 ",%4,%5,%6,%7"
+#define SUMS_16 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define SUMS_32 SUMS_16 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define SUMS_64 SUMS_32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#if TOKENS == 8
-#define ALL_SUMS(c) FOUR(c, 0)
-#define MULTIPLY WGMMA("8", SUMS_8, "4", "5", "6", "7", "8", "9")
-#elif TOKENS == 16
+#if TOKENS == 16
 #define ALL_SUMS(c) FOUR(c, 0), FOUR(c, 1)
 #define MULTIPLY WGMMA("16", SUMS_16, "8", "9", "10", "11", "12", "13")
 #elif TOKENS == 32
@@ -133,26 +125,6 @@ __device__ __forceinline__ uint64 x_of(uint32 place) {
   return descriptor;
 }
 
-// -- Clusters ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void cluster_meets() {
-  // Lanes come from loops that they left at different times: not `.aligned`.
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// From the place of `mine` in the shared memory of another block of the cluster.
-__device__ __forceinline__ float4 peer16(const float* mine, uint32 rank) {
-  float4 v;
-  asm volatile(
-      "{.reg .b32 place; mapa.shared::cluster.u32 place, %4, %5; "
-      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [place];}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"((uint32)__cvta_generic_to_shared(mine)), "r"(rank)
-      : "memory");
-  return v;
-}
-
 struct Fetched {
   uint4 codes[STEP];
   Quad quads[STEP / 2];
@@ -164,7 +136,7 @@ struct Fetched {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 product_4bit_wide(const __grid_constant__ Params p) {
   const int thread = threadIdx.x, lane = thread & 31, warp = (thread >> 5) & 3;  // of its warpgroup
-  const int g = lane >> 2, t = lane & 3;
+  const int g = lane >> 2;
   // The same in all lanes, and the compiler knows it: what is made of it need not be a lane's own.
   const int group = __shfl_sync(0xffffffffu, thread >> 7, 0);
   const int row_block = blockIdx.x / p.splits, split = blockIdx.x - row_block * p.splits;
@@ -179,13 +151,12 @@ product_4bit_wide(const __grid_constant__ Params p) {
   const int begin = begin_of(group), end = begin_of(group + 1);
 
   // Dynamic shared memory begins behind what the system keeps for itself, 1024 bytes at most.
-  const uint32 shared_at = (uint32)__cvta_generic_to_shared(shared) & 0xffffffu;
+  const uint32 shared_at = (uint32)__cvta_generic_to_shared(shared);
   if (shared_at > TABLE_AT) __trap();
   uint8* const table = shared + (TABLE_AT - shared_at);
   uint8* const x_rows = table + TABLE_BYTES;
-  // What a warpgroup adds to a unit that another has begun, and a place for what each unit comes to.
+  // What a warpgroup adds to a unit that another has begun.
   float* const added = (float*)(x_rows + p.steps * STEP * X_BLOCK_BYTES);
-  float* const held = added + (WARPGROUPS - 1) * UNIT_FLOATS;
 
   // Which linear of the set a tile belongs to.
   auto segment_of = [&](int tile) {
@@ -331,8 +302,6 @@ product_4bit_wide(const __grid_constant__ Params p) {
   bool begun = step == 0;                                 // whether this warpgroup has the unit's first step
   uint32 lane4;  // opaque, so that no lookup moves in front of the barrier
   asm volatile("shl.b32 %0, %1, 2;" : "=r"(lane4) : "r"(lane) : "memory");
-  // In a cluster an address of shared memory has the block's number in its first byte.
-  lane4 |= (uint32)__cvta_generic_to_shared(shared) & 0xff000000u;
 
 #if SCALES == 1
   float offset = 0.0f;
@@ -344,7 +313,7 @@ product_4bit_wide(const __grid_constant__ Params p) {
 #endif
   auto scale_of = [&](const Fetched& f, int half, int b) -> float {
 #if SCALES == 1
-    const float code = lookup_scale(f.quads[b >> 1].v, lane4, 0x7504 | (2 * half + (b & 1)) << 4);
+    const float code = lookup_scale(f.quads[b >> 1].v, lane4, 0x5504 | (2 * half + (b & 1)) << 4);
     const float outer = b >= 2 && straddles ? f.nested[half][1] : f.nested[half][0];
     return fmaf(code, outer, offset);
 #else
@@ -356,10 +325,10 @@ product_4bit_wide(const __grid_constant__ Params p) {
     const uint32 words[4] = {from.x, from.y, from.z, from.w};
     #pragma unroll
     for (int j = 0; j < 4; j++) {
-      out[j][0] = lookup(words[j], lane4, 0x7504);
-      out[j][1] = lookup(words[j], lane4, 0x7514);
-      out[j][2] = lookup(words[j], lane4, 0x7524);
-      out[j][3] = lookup(words[j], lane4, 0x7534);
+      out[j][0] = lookup(words[j], lane4, 0x5504);
+      out[j][1] = lookup(words[j], lane4, 0x5514);
+      out[j][2] = lookup(words[j], lane4, 0x5524);
+      out[j][3] = lookup(words[j], lane4, 0x5534);
     }
   };
 
@@ -370,20 +339,15 @@ product_4bit_wide(const __grid_constant__ Params p) {
     return thread;
   };
   // Sums lie in the order [tile of the unit][eight tokens][lane][4].
-  auto store = [&](float* sums, float factor) {
+  auto store = [&](float* sums) {
     const int thread = thread_again();
     float4* const place = (float4*)sums + (thread & 96) * EIGHTS + (thread & 31);
     #pragma unroll
     for (int n = 0; n < EIGHTS; n++)
-      place[n * 32] = make_float4(acc[4 * n] * factor, acc[4 * n + 1] * factor, acc[4 * n + 2] * factor,
-                                  acc[4 * n + 3] * factor);
+      place[n * 32] = make_float4(acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3]);
   };
   // A unit's sums over this split.
   auto emit = [&](int unit) {
-    if (p.partials == nullptr) {
-      store(held + unit * UNIT_FLOATS, p.level_scale);
-      return;
-    }
     const int thread = thread_again(), first = 2 * (thread & 3);
     const int tile = (unit_begin + unit) * 4 + (thread >> 5 & 3);
     if (tile >= p.tiles) return;
@@ -438,7 +402,7 @@ product_4bit_wide(const __grid_constant__ Params p) {
       }
       if (++step == steps) {
         if (begun) emit(unit);
-        else store(added + (group - 1) * UNIT_FLOATS, 1.0f);
+        else store(added + (group - 1) * UNIT_FLOATS);
         #pragma unroll
         for (int k = 0; k < SUMS; k++) acc[k] = 0.0f;
         begun = true;
@@ -453,7 +417,7 @@ product_4bit_wide(const __grid_constant__ Params p) {
 
   // ---- units of several warpgroups ---------------------------------------------------------------
   const bool unfinished = begin < end && step > 0;
-  if (unfinished && !begun) store(added + (group - 1) * UNIT_FLOATS, 1.0f);
+  if (unfinished && !begun) store(added + (group - 1) * UNIT_FLOATS);
   __syncthreads();
   if (unfinished && begun) {
     #pragma unroll 1
@@ -468,40 +432,4 @@ product_4bit_wide(const __grid_constant__ Params p) {
     }
     emit(unit);
   }
-  if (p.partials != nullptr) return;
-
-  // ---- the cluster's splits ----------------------------------------------------------------------
-  cluster_meets();
-  const bool paired = p.tile_unit == 2;
-  const int parts = units * EIGHTS * (paired ? 2 : 4);    // a warp's: a tile, or gate and up, of 8 tokens
-  for (int part = (thread >> 5) * p.splits + split; part < parts; part += WARPS * p.splits) {
-    const int n = part % EIGHTS, at = part / EIGHTS;      // tile, or pair of tiles, of the block
-    const int local = paired ? 2 * at : at, tile = unit_begin * 4 + local;
-    if (tile >= p.tiles) continue;
-    auto total_of = [&](int local) {
-      const float* const mine = held + ((local * EIGHTS + n) * 32 + lane) * 4;
-      float4 v[MOST_SPLITS];
-      #pragma unroll
-      for (int rank = 0; rank < MOST_SPLITS; rank++)
-        v[rank] = rank < p.splits ? peer16(mine, rank) : make_float4(0, 0, 0, 0);
-      float4 total = v[0];
-      #pragma unroll
-      for (int rank = 1; rank < MOST_SPLITS; rank++) {
-        total.x += v[rank].x; total.y += v[rank].y; total.z += v[rank].z; total.w += v[rank].w;
-      }
-      return total;
-    };
-    const float4 totals = total_of(local), ups = paired ? total_of(local + 1) : make_float4(0, 0, 0, 0);
-    const int segment = paired ? 0 : segment_of(tile), first = tile_within(tile, segment) * 16;
-    #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const int token = n * 8 + 2 * t + (k & 1), row = g + 8 * (k >> 1);
-      if (token >= p.tokens) continue;
-      const float value = k == 0 ? totals.x : k == 1 ? totals.y : k == 2 ? totals.z : totals.w;
-      const float up = k == 0 ? ups.x : k == 1 ? ups.y : k == 2 ? ups.z : ups.w;
-      write(p, p.out + (size_t)token * p.out_stride, tile, row, segment, first + row, value, up);
-    }
-  }
-  // Nobody's shared memory goes before all have read it.
-  cluster_meets();
 }
