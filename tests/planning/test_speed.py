@@ -97,9 +97,10 @@ def planned(name: str, gpus: str, **options: Any) -> Plan:
 
 
 def test_efficiencies_are_shares_of_the_datasheet_and_dated() -> None:
-    for each in CALIBRATIONS.values():
+    for (_, kind), each in CALIBRATIONS.items():
         assert 0 < each.bandwidth_efficiency <= 1
-        assert 0 < each.flops_efficiency <= 1
+        # The datasheet's 16-bit FLOP/s; e4m3 has twice as many.
+        assert 0 < each.flops_efficiency <= (2 if kind == "fp8" else 1)
         assert 0 < each.attention_flops_efficiency <= 1
         assert each.layer_overhead_s + each.added_overhead_s > 0
         assert each.batch_step_factor is None or each.batch_step_factor >= 1

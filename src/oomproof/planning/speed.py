@@ -40,7 +40,7 @@ class Calibration:
     bandwidth_efficiency: float
     """Share of the datasheet's bandwidth that reading weights reaches."""
     flops_efficiency: float
-    """Share of the datasheet's FLOP/s that a prefill chunk's products with weights reach."""
+    """Share of the datasheet's 16-bit FLOP/s that a prefill chunk's products with weights reach."""
     layer_overhead_s: float
     """Least time of one layer: launches, Python; it bounds small models and fast GPUs."""
     chunk_overhead_s: float
@@ -61,6 +61,10 @@ class Calibration:
     batch_flops_efficiency: float | None = None
     """Share of the FLOP/s at which each further request's products add to a decode step; None where
     the weights' bytes hide them."""
+    wide_flops_efficiency: float | None = None
+    """The same for requests beyond the eighth on Hopper, whose kernel for many multiplies them."""
+    added_chunk_s: float = 0.0
+    """What a layer of a prompt's chunk costs besides its products' arithmetic."""
 
 
 _H200 = "NVIDIA H200, torch 2.11, transformers 5.17, bitsandbytes 0.50.2"
@@ -107,27 +111,30 @@ _NATIVE_SOURCE = (
     "2026-11-21, NVIDIA H200, torch 2.11, Triton 3.6 "
     "(benchmarks/results/rehearsals-native-h200.jsonl)"
 )
-for _kind, _bandwidth, _flops, _batch, _chunk_s in (
+for _kind, _bandwidth, _flops, _batch, _chunk_s, _attention in (
     # Kind or format, share of the bandwidth, share of the FLOP/s, step of several over step of one,
-    # least time of a layer for a prompt's chunk (its launches; it bounds 1B and 3B).
-    ("16-bit", 0.87, 0.68, 1.0, 0.25e-3),
-    ("8-bit", 0.65, 0.52, 1.25, 0.80e-3),
-    ("fp8", 0.50, 0.95, 1.33, 0.65e-3),
-    ("4-bit", 0.80, 0.54, 1.0, 0.60e-3),
+    # what a layer of a chunk costs besides, share of the FLOP/s of its attention. Those of prompts
+    # by least squares over all rows with prompts from 2,016 to 32,736 tokens: within a tenth.
+    ("16-bit", 0.87, 0.73, 1.0, 0.085e-3, 0.71),
+    ("8-bit", 0.65, 0.62, 1.25, 0.155e-3, 0.93),
+    ("fp8", 0.50, 1.07, 1.33, 0.23e-3, 0.94),
+    ("4-bit", 0.80, 0.61, 1.0, 0.16e-3, 0.91),
 ):
     CALIBRATIONS["native", _kind] = Calibration(
         bandwidth_efficiency=_bandwidth,
         flops_efficiency=_flops,
         layer_overhead_s=0.0,
-        chunk_overhead_s=_chunk_s,
+        chunk_overhead_s=0.0,
+        added_chunk_s=_chunk_s,
         split_overhead_s=0.0,
         load_bytes_per_s=12e9,
         measured=_NATIVE_SOURCE,
         # Of 4 bits' fused layers; the others have launches between their products.
         added_overhead_s=18.5e-6 if _kind == "4-bit" else 0.04e-3,
-        attention_flops_efficiency=0.85,
+        attention_flops_efficiency=_attention,
         batch_step_factor=_batch,
         batch_flops_efficiency=0.135 if _kind == "4-bit" else None,
+        wide_flops_efficiency=0.5 if _kind == "4-bit" else None,
     )
 
 ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
@@ -135,6 +142,9 @@ ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
 HOP_S = 30e-6
 """Hidden states of one token from one device to the next: a copy of some KiB and its launch."""
 
+_HOPPER = (9, 0)
+_NARROW_REQUESTS = 8
+"""Of a decode step on Hopper, that the kernel for few tokens multiplies."""
 HOST_LINK_EFFICIENCY = 0.87
 """Share of PCI Express' rate that pinned copies reach: 55 of 63 GB/s on an H200, 2026-11."""
 _HOST_LINKS = (
@@ -227,7 +237,6 @@ class SpeedModel:
         )
         """The part of it that grows with the requests."""
         self.batch_step_factor = measured.batch_step_factor
-        self._batch_flops_efficiency = measured.batch_flops_efficiency
 
     def _attention_bytes(self, unit: int) -> float:
         """Bytes of keys and values that one request's step moves in a unit."""
@@ -242,13 +251,19 @@ class SpeedModel:
         copies = model.spec.num_attention_heads * head_dims / kept
         return kv_bytes if copies == 1 else kv_bytes * (1 + 2 * copies)
 
-    def batch_s_per_request(self, first: int, end: int) -> float:
-        """What each request but the first adds to a decode step of units first … end-1."""
-        model, device = self.model, self._device
-        if device.flops_per_s is None or self._batch_flops_efficiency is None:
+    def batch_s(self, first: int, end: int) -> float:
+        """What the other requests add to a decode step of units first … end-1, attention aside."""
+        model, device, measured = self.model, self._device, self._measured
+        if device.flops_per_s is None or measured.batch_flops_efficiency is None:
             return 0.0
+        others = model.demand.concurrency - 1
+        wide = 0
+        if device.compute_capability == _HOPPER and measured.wide_flops_efficiency is not None:
+            wide = max(0, others + 1 - _NARROW_REQUESTS)
         flops = 2 * _active_parameters(model.spec) * (end - first) / model.num_units
-        return flops / (device.flops_per_s * self._batch_flops_efficiency)
+        seconds = flops * (others - wide) / measured.batch_flops_efficiency
+        seconds += flops * wide / (measured.wide_flops_efficiency or 1.0)
+        return seconds / device.flops_per_s
 
     def prefill_s_per_token(self, first: int, end: int) -> float | None:
         """Time of a prompt's token in units first … end-1, None where the rate is not known."""
@@ -256,13 +271,15 @@ class SpeedModel:
         if device.flops_per_s is None:
             return None
         flops = 2 * _active_parameters(model.spec) * (end - first) / model.num_units
-        rate = device.flops_per_s * self._measured.flops_efficiency
-        overhead_s = 0.0 if device.kind == "cpu" else self._measured.chunk_overhead_s
-        launches_s = (end - first) * overhead_s / self.prefill_chunk_tokens
+        measured, chunk = self._measured, self.prefill_chunk_tokens
+        products_s = flops / (device.flops_per_s * measured.flops_efficiency)
         attention_s = self._attention_flops(first, end) / (
-            device.flops_per_s * self._measured.attention_flops_efficiency
+            device.flops_per_s * measured.attention_flops_efficiency
         )
-        return self._prefill_factor * (max(flops / rate, launches_s) + attention_s)
+        if device.kind != "cpu":
+            products_s = max(products_s, (end - first) * measured.chunk_overhead_s / chunk)
+            products_s += (end - first) * measured.added_chunk_s / chunk
+        return self._prefill_factor * (products_s + attention_s)
 
     def _attention_flops(self, first: int, end: int) -> float:
         """Scores and weighted values of one token over the planned context."""
@@ -314,8 +331,8 @@ def _total_speed(stages: Sequence[tuple[SpeedModel, int, int]], decode_s: float)
         # Requests take turns, one token each: together they are as fast as one alone.
         return 1 / decode_s
     attention_s = sum(sum(speed.attention_s[first:end]) for speed, first, end in stages)
-    added_s = sum(speed.batch_s_per_request(first, end) for speed, first, end in stages)
-    step_s = factor * (decode_s - attention_s) + (requests - 1) * added_s
+    added_s = sum(speed.batch_s(first, end) for speed, first, end in stages)
+    step_s = factor * (decode_s - attention_s) + added_s
     return requests / (step_s + requests * attention_s)
 
 
