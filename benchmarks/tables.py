@@ -106,7 +106,7 @@ def decode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             cells += ["failed", *["–"] * 4]
         else:
             sides = [row[side] for side in ("ours", "theirs") if side in row]
-            speeds = [f"{side['tokens_per_second']:,.1f}" for side in sides]
+            speeds = [_speed(side["tokens_per_second"]) for side in sides]
             cells += [speeds[0], f"{row['share']:.0%}"]
             cells += [speeds[1], f"{row['ratio']:.1f}"] if len(sides) > 1 else ["not run", "–"]
             cells.append(" / ".join(f"{side['first_token_s'] * 1e3:.0f}" for side in sides))
@@ -148,6 +148,10 @@ def place(text: str, name: str, lines: Sequence[str]) -> str:
 
 def _names(row: Mapping[str, Any]) -> list[str]:
     return [row["model"].removeprefix(_FAMILY), row["format"]]
+
+
+def _speed(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.{0 if tokens_per_second >= 1000 else 1}f}"
 
 
 def _context(row: Mapping[str, Any]) -> str:

@@ -226,7 +226,7 @@ def native_profile(device: DeviceSpec, host: HostSpec) -> EngineProfile:  # noqa
 _NATIVE_CONTEXT_BYTES = {"hopper": 784 * MIB}
 """GPU architecture → bytes outside torch's allocator, where measured."""
 _GRAPH_BYTES_PER_LAYER = 96 * KIB
-_PROMPT_GRAPH_BYTES_PER_LAYER = 320 * KIB
+_PROMPT_GRAPH_BYTES_PER_LAYER = 256 * KIB
 
 _ENGINES = {"native": native_profile, "transformers": transformers_profile}
 
