@@ -15,6 +15,7 @@ from oomproof import __version__
 from oomproof.cli.bench import bench
 from oomproof.cli.chat import chat
 from oomproof.cli.doctor import doctor
+from oomproof.cli.explain import explain
 from oomproof.cli.plan import plan
 from oomproof.cli.rehearse import rehearse
 from oomproof.cli.run import run
@@ -34,6 +35,7 @@ app.command()(run)
 app.command()(chat)
 app.command()(bench)
 app.command()(doctor)
+app.command()(explain)
 
 
 def _print_version(asked: bool) -> None:
