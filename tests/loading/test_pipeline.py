@@ -293,16 +293,18 @@ def test_an_interrupt_while_the_storage_is_slow_ends_the_load(
 ) -> None:
     values = {"a": torch.ones(5000)}
     checkpoint = write_checkpoint(tmp_path, values)
-    preadv = os.preadv
+    preadv, reads = os.preadv, []
 
     def slowly(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        reads.append(offset)
+        if len(reads) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.3)
         return preadv(fd, views, offset)
 
     monkeypatch.setattr(os, "preadv", slowly)
-    begin = time.monotonic()
-    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         load_checkpoint(tmp_path, checkpoint, Receiver(values).targets, limits=SMALL, threads=2)
-    assert time.monotonic() - begin < 2
+    # What two threads had begun, of the many reads that such small buffers take.
+    assert 1 <= len(reads) <= 4
     assert reader_threads() == []

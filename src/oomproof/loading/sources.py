@@ -10,7 +10,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
@@ -203,16 +203,16 @@ def reading(
         threading.Thread(target=readers.work, name=f"oomproof-read-{index}", daemon=True)
         for index in range(max(1, min(threads, len(pieces))))
     ]
-    started = []
     try:
         for worker in workers:
             worker.start()
-            started.append(worker)
         yield readers.in_order()
     finally:
         readers.stop()
-        for worker in started:
-            worker.join()
+        for worker in workers:
+            # An interrupt may have come while one was starting, or before.
+            with suppress(RuntimeError):
+                worker.join()
         readers.files.close()
 
 
