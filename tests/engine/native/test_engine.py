@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers
 from oomproof.engine.messages import FinishedEvent, Request, SamplingOptions, TokenEvent
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.load import load_engine
+from oomproof.engine.native.pipeline import Pipeline
 from oomproof.errors import (
     CheckpointError,
     NotRunnableError,
@@ -188,6 +190,54 @@ def test_chunks_and_slices_of_up_change_no_answer(
     assert answers[0] == answers[1]
 
 
+@pytest.fixture(params=[False, True], ids=["in turn", "one step ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether steps are launched before the tokens of the last are handed out, as on a GPU."""
+    launches_ahead: bool = request.param
+    monkeypatch.setattr(Pipeline, "is_recorded", launches_ahead)
+    return launches_ahead
+
+
+def test_steps_that_are_launched_ahead_answer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that come, end, are cancelled and wait, in whatever order."""
+    chooser = random.Random(7)
+    plans = [
+        (chooser.randint(0, 25), chooser.randint(1, 30), chooser.randint(1, 12), chooser.random())
+        for _ in range(24)
+    ]
+    found = []
+    for launches_ahead in (False, True):
+        monkeypatch.setattr(Pipeline, "is_recorded", launches_ahead)
+        engine = engine_of(bundled_folder(), format="fp32", context=256, concurrency=3)
+        told: dict[str, list[Any]] = {str(n): [] for n in range(len(plans))}
+        turn = 0
+        while turn <= 25 or not engine.idle:
+            for n, (begin, length, new_tokens, luck) in enumerate(plans):
+                if begin == turn:
+                    sampling = GREEDY if luck < 0.5 else SamplingOptions(seed=n, top_k=20)
+                    engine.submit(request(str(n), range(5, 5 + length), new_tokens, sampling))
+                if luck > 0.8 and turn == begin + 6:
+                    engine.cancel(str(n))
+            for event in engine.step():
+                told[event.request_id].append(event)
+            turn += 1
+        engine.close()
+        found.append(told)
+    for n, (_, _, new_tokens, _) in enumerate(plans):
+        one, two = (told[str(n)] for told in found)
+        for events in (one, two):
+            tokens, finished = events[:-1], events[-1]
+            assert isinstance(finished, FinishedEvent)
+            assert all(isinstance(event, TokenEvent) for event in tokens)
+            assert finished.new_tokens == len(tokens) <= new_tokens
+            assert (len(tokens) == new_tokens) == (finished.reason == "length")
+        # A cancelled one may end a token earlier or later.
+        shared = min(len(one), len(two)) - 1
+        assert [event.token for event in one[:shared]] == [event.token for event in two[:shared]]
+        assert abs(len(one) - len(two)) <= 1
+
+
+@pytest.mark.usefixtures("ahead")
 def test_more_requests_than_slots_wait_for_their_turn() -> None:
     engine = engine_of(bundled_folder(), format="bf16", context=256, concurrency=2)
     answers = run(engine, [request(str(n), [5, 6, 7], 10) for n in range(7)])
@@ -196,6 +246,7 @@ def test_more_requests_than_slots_wait_for_their_turn() -> None:
     engine.close()
 
 
+@pytest.mark.usefixtures("ahead")
 def test_a_cancelled_request_ends_and_frees_its_pages() -> None:
     engine = engine_of(bundled_folder(), format="bf16", context=256)
     engine.submit(request("first", [5, 6, 7], 100))
@@ -212,6 +263,7 @@ def test_a_cancelled_request_ends_and_frees_its_pages() -> None:
     engine.close()
 
 
+@pytest.mark.usefixtures("ahead")
 def test_prompt_and_answer_may_fill_the_context_and_no_more() -> None:
     engine = engine_of(bundled_folder(), format="bf16", context=256)
     assert len(run(engine, [request("x", [7] * 250, 6)])["x"]) == 6
@@ -222,6 +274,7 @@ def test_prompt_and_answer_may_fill_the_context_and_no_more() -> None:
     engine.close()
 
 
+@pytest.mark.usefixtures("ahead")
 def test_a_stop_token_ends_the_answer_and_is_not_part_of_it() -> None:
     engine = engine_of(bundled_folder(), format="fp32", context=256)
     whole = run(engine, [request("x", [5, 6, 7], 30)])["x"]
@@ -237,6 +290,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it() -> None:
     engine.close()
 
 
+@pytest.mark.usefixtures("ahead")
 def test_logprobs_are_those_of_the_models_own_distribution() -> None:
     engine = engine_of(bundled_folder(), format="fp32", context=256)
     options = SamplingOptions(temperature=0.7, top_k=5, seed=3, logprobs=4)

@@ -1,7 +1,9 @@
 """The native engine: requests in, events out, over memory that was planned.
 
 Requests are admitted to slots while there are KV pages for their prompt and answer; each step moves
-every request by a prefill chunk or a token, the decoding ones together. It knows nothing of text.
+every request by a prefill chunk or a token, the decoding ones together. Where decode steps are
+recorded the next one is launched before the tokens of the last are handed out: the GPU computes
+while the caller looks at them. It knows nothing of text.
 """
 
 from __future__ import annotations
@@ -44,6 +46,19 @@ class _Active:
         return self.new_tokens > 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of a token that was drawn."""
+
+    active: _Active
+    drawn: Drawn
+    row: int
+    new_tokens: int
+    """Of the request, this one counted."""
+    is_handed_out: bool
+    finished: FinishReason | None
+
+
 class NativeEngine:
     """Runs requests on devices that a plan filled; implements `engine.protocol.Engine`.
 
@@ -70,7 +85,10 @@ class NativeEngine:
         self._waiting: deque[Request] = deque()
         self._active: list[_Active] = []
         self._cancelled: set[str] = set()
+        self._flying: list[_Active] = []
+        """Whose next tokens are being computed, row by row."""
         self._pipeline.capture(self._chunk)
+        self._flies_ahead = self._pipeline.is_recorded
         meter.captured()
 
     @property
@@ -93,18 +111,25 @@ class NativeEngine:
 
     def step(self) -> Sequence[Event]:
         """Advances every active request by a prefill chunk or a token."""
-        events: list[Event] = list(self._drop_cancelled())
         pipeline = self._running
         with pipeline.streams():
+            # In this order: what is in the air uses the slots of requests that may end now.
+            was_flying = bool(self._flying)
+            outcomes = self._land()
+            dropped = list(self._drop_cancelled())
             while self._waiting and self._admit(self._waiting[0]):
                 self._waiting.popleft()
             decoding = [active for active in self._active if active.decodes]
             for active in [active for active in self._active if not active.decodes]:
-                events += self._prefill(active)
-            if decoding:
-                events += self._decode(decoding)
+                outcomes += self._prefill(active)
+            if decoding and not was_flying:
+                self._launch(decoding)
+                outcomes += self._land()
+            decoding = [active for active in self._active if active.decodes]
+            if decoding and self._flies_ahead:
+                self._launch(decoding)
         self._meter.sample()
-        return events
+        return [*dropped, *(event for one in outcomes for event in _events(one))]
 
     def measured_terms(self) -> Mapping[int, DeviceTerms]:
         """Device index → bytes measured so far."""
@@ -113,6 +138,9 @@ class NativeEngine:
     def close(self) -> None:
         """Gives the model's memory back."""
         self._meter.release()
+        if self._flying and self._pipeline is not None:
+            self._pipeline.read(0, logprobs=False)
+        self._flying = []
         self._active.clear()
         self._waiting.clear()
         self._pipeline = None
@@ -130,7 +158,8 @@ class NativeEngine:
     def _drop_cancelled(self) -> Iterator[FinishedEvent]:
         for active in tuple(self._active):
             if active.request.id in self._cancelled:
-                yield self._finish(active, "cancelled")
+                self._retire(active)
+                yield _finished(active.request, "cancelled", new_tokens=active.new_tokens)
         for request in tuple(self._waiting):
             if request.id in self._cancelled:
                 self._waiting.remove(request)
@@ -155,7 +184,7 @@ class NativeEngine:
         self._active.append(_Active(request=request, slot=slot, pending=request.prompt_tokens))
         return True
 
-    def _prefill(self, active: _Active) -> list[Event]:
+    def _prefill(self, active: _Active) -> list[_Outcome]:
         piece = self._running.piece_of(min(len(active.pending), 2 * self._chunk))
         piece = min(piece, self._chunk)
         tokens, rest = active.pending[:piece], active.pending[piece:]
@@ -172,63 +201,73 @@ class NativeEngine:
         if rest:
             return []
         drawn = self._running.read(1, logprobs=sampling.logprobs is not None)
-        return self._receive(active, drawn, 0)
+        return [self._receive(active, drawn, 0)]
 
-    def _decode(self, decoding: Sequence[_Active]) -> list[Event]:
-        sampling = [active.request.sampling for active in decoding]
+    def _launch(self, decoding: list[_Active]) -> None:
+        """A decode step of these requests, whose tokens `_land` receives."""
         self._running.decode(
             [active.pending[0] for active in decoding],
             [active.position for active in decoding],
             [active.slot for active in decoding],
-            greedy=all(options.is_plain_argmax for options in sampling),
+            greedy=all(active.request.sampling.is_plain_argmax for active in decoding),
         )
         for active in decoding:
             active.position += 1
-        wants_logprobs = any(options.logprobs is not None for options in sampling)
-        drawn = self._running.read(len(decoding), logprobs=wants_logprobs)
+        self._flying = decoding
+
+    def _land(self) -> list[_Outcome]:
+        """Receives the tokens of the step that was launched, if one was."""
+        flying, self._flying = self._flying, []
+        if not flying:
+            return []
+        wants_logprobs = any(active.request.sampling.logprobs is not None for active in flying)
+        drawn = self._running.read(len(flying), logprobs=wants_logprobs)
         return [
-            event
-            for row, active in enumerate(decoding)
-            for event in self._receive(active, drawn, row)
+            self._receive(active, drawn, row)
+            for row, active in enumerate(flying)
+            if active.request.id not in self._cancelled
         ]
 
-    def _receive(self, active: _Active, drawn: Drawn, row: int) -> list[Event]:
-        """What becomes of a token that was drawn."""
+    def _receive(self, active: _Active, drawn: Drawn, row: int) -> _Outcome:
+        """Decides what becomes of a token that was drawn."""
         request, token = active.request, drawn.tokens[row]
-        if token in request.stop_tokens:
-            return [self._finish(active, "stop")]
-        active.new_tokens += 1
-        active.pending = (token,)
-        wanted = request.sampling.logprobs
-        events: list[Event] = [
-            TokenEvent(request_id=request.id, token=token)
-            if wanted is None
-            else TokenEvent(
-                request_id=request.id,
-                token=token,
-                logprob=drawn.logprobs[row],
-                # Where fewer tokens are possible at all, the rest of the row is -1.
-                top_logprobs=tuple(
-                    (other, logprob)
-                    for other, logprob in zip(
-                        drawn.top_tokens[row][:wanted],
-                        drawn.top_logprobs[row][:wanted],
-                        strict=True,
-                    )
-                    if other >= 0
-                ),
-            )
-        ]
-        if active.new_tokens == request.max_new_tokens:
-            events.append(self._finish(active, "length"))
-        return events
+        is_handed_out = token not in request.stop_tokens
+        finished: FinishReason | None = None if is_handed_out else "stop"
+        if is_handed_out:
+            active.new_tokens += 1
+            active.pending = (token,)
+            if active.new_tokens == request.max_new_tokens:
+                finished = "length"
+        if finished is not None:
+            self._retire(active)
+        return _Outcome(active, drawn, row, active.new_tokens, is_handed_out, finished)
 
-    def _finish(self, active: _Active, reason: FinishReason) -> FinishedEvent:
+    def _retire(self, active: _Active) -> None:
         self._active.remove(active)
         self._free_slots.append(active.slot)
         for pages in self._pages.values():
             pages.give_back(active.slot)
-        return _finished(active.request, reason, new_tokens=active.new_tokens)
+
+
+def _events(outcome: _Outcome) -> Iterator[Event]:
+    """What the caller is told."""
+    request, drawn, row = outcome.active.request, outcome.drawn, outcome.row
+    token, wanted = drawn.tokens[row], request.sampling.logprobs
+    if outcome.is_handed_out and wanted is None:
+        yield TokenEvent(request_id=request.id, token=token)
+    elif outcome.is_handed_out:
+        alternatives = zip(
+            drawn.top_tokens[row][:wanted], drawn.top_logprobs[row][:wanted], strict=True
+        )
+        yield TokenEvent(
+            request_id=request.id,
+            token=token,
+            logprob=drawn.logprobs[row],
+            # Where fewer tokens are possible at all, the rest of the row is -1.
+            top_logprobs=tuple((other, logprob) for other, logprob in alternatives if other >= 0),
+        )
+    if outcome.finished is not None:
+        yield _finished(request, outcome.finished, new_tokens=outcome.new_tokens)
 
 
 def _finished(request: Request, reason: FinishReason, *, new_tokens: int) -> FinishedEvent:

@@ -170,6 +170,11 @@ class Pipeline:
             top_logprobs=self._host_top_logprobs[:rows].tolist() if logprobs else [],
         )
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether decode steps are launched as graphs, and computed while the caller goes on."""
+        return bool(self._sizes)
+
     def piece_of(self, tokens: int) -> int:
         """How many of a prompt's next tokens are best processed at once."""
         sizes = list(self._prompts)
