@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from oomproof.engine.rehearsal import Rung
     from oomproof.engine.rehearse import Rehearsal
     from oomproof.engine.tune import Told, TuningReport
+    from oomproof.guard.events import OnEvent
     from oomproof.planning.handoffs.handoff import HandOff
 
 RUN_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "jinja2")
@@ -178,14 +179,16 @@ def load(
     *,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    on_event: OnEvent | None = None,
     **options: Any,
 ) -> Model:
-    """Loads a model as planned, ready to answer.
+    """Loads a model as planned, ready to answer, and watches its memory (`oomproof top`).
 
     Args:
         model: A plan of this machine, or what `plan` takes.
         progress: Told of bytes downloaded and loaded.
         trust_remote_code: Lets transformers run code that the model's folder ships.
+        on_event: Told once of each leak and of each term above its plan, in the thread that steps.
         options: Those of `plan`, where `model` is not a plan.
 
     Raises:
@@ -199,6 +202,7 @@ def load(
     folder = _fetch(contract.spec, progress, trust_remote_code=trust_remote_code)
     from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
     from oomproof.engine.model import Model
+    from oomproof.guard.monitor import monitored
 
     defaults = read_generation_defaults(folder)
     parsing: list[Future[TransformersTokenizer]] = []
@@ -224,10 +228,11 @@ def load(
         )
         try:
             tokenizer = parsing[0].result()
+            watched = monitored(engine, contract.plan, on_event)
         except BaseException:
             engine.close()
             raise
-    return Model(engine, tokenizer, contract.plan, defaults)
+    return Model(watched, tokenizer, contract.plan, defaults)
 
 
 def from_pretrained(

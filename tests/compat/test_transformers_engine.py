@@ -130,13 +130,14 @@ def test_experts_stay_in_16_bits_and_the_plan_knows(family: str, tmp_path: Path)
 def test_a_long_prompt_in_chunks_answers_as_in_one_piece(tiny: Model) -> None:
     prompt = "And it came to pass that the king arose. " * 12
     whole = tiny.generate(prompt, raw=True, temperature=0, max_new_tokens=20)
-    engine = tiny._engine
-    planned = engine._plan  # type: ignore[attr-defined]
-    engine._plan = replace(planned, prefill_chunk_tokens=48)  # type: ignore[attr-defined]
+    watched: Any = tiny._engine
+    engine = watched.engine
+    planned = engine._plan
+    engine._plan = replace(planned, prefill_chunk_tokens=48)
     try:
         chunked = tiny.generate(prompt, raw=True, temperature=0, max_new_tokens=20)
     finally:
-        engine._plan = planned  # type: ignore[attr-defined]
+        engine._plan = planned
     assert chunked == whole
 
 

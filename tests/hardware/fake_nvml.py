@@ -33,6 +33,10 @@ class FakeGpu:
     nvlink_to: tuple[str, ...] = ()
     nvlink_mb_per_s: int = 26562
     pcie: tuple[int, int] | None = (5, 16)
+    computing: Sequence[tuple[int, int | None]] = ()
+    """(Process, its MiB) that compute."""
+    drawing: Sequence[tuple[int, int | None]] = ()
+    processes_error: int | None = None
 
 
 @dataclass
@@ -135,6 +139,14 @@ class FakeNvml:
         code = 0 if gpu.nvlink_to else pynvml.NVML_ERROR_NOT_SUPPORTED
         return [SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(uiVal=gpu.nvlink_mb_per_s))]
 
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGpu) -> list[SimpleNamespace]:
+        if gpu.processes_error is not None:
+            raise FakeNvmlError(gpu.processes_error)
+        return _processes(gpu.computing)
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, gpu: FakeGpu) -> list[SimpleNamespace]:
+        return _processes(gpu.drawing)
+
     def nvmlDeviceGetMaxPcieLinkGeneration(self, gpu: FakeGpu) -> int:
         if gpu.pcie is None:
             raise FakeNvmlError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -144,3 +156,10 @@ class FakeNvml:
         if gpu.pcie is None:
             raise FakeNvmlError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return gpu.pcie[1]
+
+
+def _processes(listed: Sequence[tuple[int, int | None]]) -> list[SimpleNamespace]:
+    return [
+        SimpleNamespace(pid=pid, usedGpuMemory=None if size is None else size * MIB)
+        for pid, size in listed
+    ]

@@ -19,6 +19,7 @@ from oomproof.cli.explain import explain
 from oomproof.cli.plan import plan
 from oomproof.cli.rehearse import rehearse
 from oomproof.cli.run import run
+from oomproof.cli.top import top
 from oomproof.errors import OomproofError
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command()(chat)
 app.command()(bench)
 app.command()(doctor)
 app.command()(explain)
+app.command()(top)
 
 
 def _print_version(asked: bool) -> None:

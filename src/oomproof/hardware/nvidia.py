@@ -64,7 +64,7 @@ def _device(
 ) -> DeviceSpec:
     name = as_text(nvml.nvmlDeviceGetName(handle))
     _refuse_mig(nvml, handle, name=name, uuid=uuid)
-    memory = _memory(nvml, handle)
+    memory = read_memory(nvml, handle)
     total_bytes, free_bytes = memory or (host.total_ram_bytes, host.available_ram_bytes)
     known = match(name, memory[0] if memory else None)
     return DeviceSpec(
@@ -82,7 +82,7 @@ def _device(
     )
 
 
-def _memory(nvml: ModuleType | Any, handle: object) -> tuple[int, int] | None:
+def read_memory(nvml: ModuleType | Any, handle: object) -> tuple[int, int] | None:
     """Total and free bytes; None for a GPU that works in the processor's RAM (GB10, Jetson).
 
     Version 2 of the question names what the driver keeps for itself, which nothing can allocate.
