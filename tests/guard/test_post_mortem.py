@@ -71,7 +71,7 @@ def summary(**changes: Any) -> Summary:
         sample_of(made, allocator=facts(5 * GIB + number * MIB, 9 * GIB), requests=number)
         for number in range(30)
     ]
-    error = raised("oomproof.engine.native.engine", "_decode")
+    error = raised("oomproof.engine.native.engine", "_launch")
     return post_mortem(error, made, samples, **(options | changes))
 
 
@@ -110,7 +110,7 @@ def test_a_term_above_its_plan_is_named() -> None:
         ("oomproof.loading.pipeline", "anything", ("loading", "staging")),
         ("oomproof.compat.engine", "allocate_caches", ("taking pools", "kv_cache")),
         ("oomproof.loadingdock", "anything", None),
-        ("somebody.elses", "_decode", None),
+        ("somebody.elses", "_launch", None),
     ],
 )
 def test_the_phase_is_read_from_the_traceback(
