@@ -19,7 +19,7 @@ from oomproof.planning.plan import DevicePlan, Plan
 from oomproof.units import GIB, MIB, format_bytes, format_parameters
 
 if TYPE_CHECKING:
-    from oomproof.doctor.checks import Verdict
+    from oomproof.doctor.findings import Verdict
     from oomproof.engine.model import Model, Stream
     from oomproof.engine.rehearsal import Rung
 
@@ -344,7 +344,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         table.add_column(column)
     for verdict in verdicts:
         missing = "[red]missing[/red]" if verdict.required else "[yellow]no[/yellow]"
-        finding = verdict.detail
+        finding = "\n".join((verdict.detail, *(f"also: {other}" for other in verdict.also)))
         if verdict.remedy is not None:
             finding += f"\n→ {verdict.remedy}"
         mark = marks.get(verdict.status, missing)

@@ -176,6 +176,15 @@ def nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
+def nvrtc_architectures() -> tuple[int, ...]:
+    """What NVRTC compiles for: 90 is compute capability 9.0.
+
+    Raises:
+        MissingDependencyError: NVRTC, or Python's way to it, is not installed.
+    """
+    return _supported(_nvrtc())
+
+
 def installed_nvrtc() -> str:
     """What a kept cubin was made with, down to the patch and without loading NVRTC where possible.
 
