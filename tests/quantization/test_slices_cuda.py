@@ -39,7 +39,8 @@ def test_a_slice_is_an_aligned_part_of_scratch() -> None:
     room = room_of(x, 10_000, Scratch(scratch[1:]))
     assert room.place.shape == (room.step, 66)
     assert room.place.data_ptr() % 256 == 0
-    assert 128 <= room.step <= 300
+    # How many fit depends on where the memory lies.
+    assert room.step in {300, 301}
 
 
 def products(x: torch.Tensor, scratch: torch.Tensor, out: Any, gated: Any) -> None:
