@@ -7,19 +7,19 @@ itself is not kept, for its traceback pins tensors.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
+from oomproof.faults.figures import read_device, read_figures
 from oomproof.guard.blocks import BlockFacts
 from oomproof.guard.samples import AllocatorFacts, Sample
 from oomproof.guard.spikes import excesses
 from oomproof.hardware.usage import GpuProcess, printable
 from oomproof.memory.terms import DeviceTerms
 from oomproof.planning.plan import Plan
-from oomproof.units import GIB, KIB, MIB, format_bytes
+from oomproof.units import MIB, format_bytes
 
 KEPT_SAMPLES = 16
 """The last ones, in a summary."""
@@ -27,11 +27,6 @@ _MAX_MESSAGE = 2000
 _MAX_READ = 16_384
 _MAX_FRAMES = 512
 _GREW_BYTES = MIB
-_UNITS = {"bytes": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024 * GIB}
-_SIZE = r"([0-9]{1,12}(?:\.[0-9]{1,6})?) (bytes|[KMGT]iB)"
-_ASKED = re.compile(rf"[Tt]ried to allocate {_SIZE}")
-_FREE = re.compile(rf"of which {_SIZE} is free")
-_DEVICE = re.compile(r"GPU ([0-9]{1,4}) has")
 
 _PHASES: tuple[tuple[str, str, str, str], ...] = (
     # Module, function ("" for any), phase, term; the first that is in the traceback counts.
@@ -124,7 +119,7 @@ def post_mortem(
         pid: Of the process that failed; None for this one.
     """
     text = str(error)[:_MAX_READ]
-    asked, free = _size(_ASKED, text), _size(_FREE, text)
+    figures = read_figures(text)
     device = device_of(error, plan)
     found_phase, term = phase or phase_of(error.__traceback__) or (None, None)
     last = {one.index: one for one in samples[-1].devices} if samples else {}
@@ -147,8 +142,8 @@ def post_mortem(
         phase=found_phase,
         term=term,
         device=device,
-        asked_bytes=asked,
-        free_bytes=free,
+        asked_bytes=figures.tried_bytes,
+        free_bytes=figures.free_bytes,
         model=plan.model,
         format=plan.format,
         engine=plan.engine,
@@ -165,9 +160,9 @@ def post_mortem(
 
 def device_of(error: BaseException, plan: Plan) -> int | None:
     """The device that an allocation failed on; the only one where the error does not say."""
-    found = _DEVICE.search(str(error)[:_MAX_READ])
+    found = read_device(str(error)[:_MAX_READ])
     if found is not None:
-        return int(found[1])
+        return found
     used = plan.devices_in_use
     return used[0].index if len(used) == 1 else None
 
@@ -190,11 +185,6 @@ def _functions(traceback: TracebackType | None) -> Iterator[tuple[str, str]]:
         frame = traceback.tb_frame
         yield str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
         traceback = traceback.tb_next
-
-
-def _size(pattern: re.Pattern[str], text: str) -> int | None:
-    found = pattern.search(text)
-    return round(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def _with_findings(summary: Summary, plan: Plan) -> Summary:

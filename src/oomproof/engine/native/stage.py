@@ -24,7 +24,7 @@ from oomproof.quantization.tiled_launch import MAX_TOKENS
 LayerSource = Callable[[int], LayerWeights]
 """Layer index → its weights, on the device when the stream gets there."""
 _FEW_ROWS = 256
-"""Tokens whose layer takes a GPU no longer than its launches take a processor."""
+"""Tokens up to which the norm that decode steps have takes the less."""
 
 
 class Layers:
@@ -232,7 +232,7 @@ class Layers:
 
 
 def _norm(states: torch.Tensor) -> Callable[..., None]:
-    """The norm of so many tokens whose launch takes the least."""
+    """The norm for so many tokens."""
     few = len(states) <= _FEW_ROWS and supports_norm(states)
     return add_rms_norm_step if few else add_rms_norm
 
