@@ -247,12 +247,16 @@ def median_us(sides: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
 def measure(copies: Copies, tokens: int, scratch: torch.Tensor) -> dict[str, object]:
     """One product: ours, and bitsandbytes' where it is here."""
     from oomproof.quantization.products_tiled import multiply
+    from oomproof.quantization.products_wide import ChainEnds
 
     shape, device = copies.shape, scratch.device
     gated = shape.in_turn
     x = torch.randn(tokens, shape.columns, dtype=torch.bfloat16, device=device)
     out = x.new_empty(tokens, sum(shape.rows) // (2 if gated else 1))
-    ours = [partial(multiply, x, one, out, scratch, gated=gated) for one in copies.ours]
+    chain = ChainEnds.alone(device)
+    ours = [
+        partial(multiply, x, one, out, scratch, gated=gated, chain=chain) for one in copies.ours
+    ]
     differs = None
     if copies.linears:
         ours[0]()

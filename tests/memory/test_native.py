@@ -264,6 +264,8 @@ def test_the_buffers_of_8b_are_those_computed_by_hand() -> None:
         "partials": requests * 32 * 16 * (128 + 2) * 4,
         # 512 blocks and one a request and KV head: 4 heads of 128 and two softmax numbers for each.
         "step_partials": (512 + requests * 8) * (4 * 128 + 4 * 128 // 2) * 4,
+        "squares": 64 * 4096 // 64 * 4,
+        "product_counters": 256 * 4,
         "counters": requests * 8 * 8 * 4,
         "hidden_next": requests * 4096 * 2,
         "gated": tokens * 14_336 * 2,

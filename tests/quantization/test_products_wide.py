@@ -10,10 +10,12 @@ import torch
 
 from oomproof.kernels.source import SM_90A
 from oomproof.quantization import products_tiled
+from oomproof.quantization.chained_operators import chained_linear_4bit, squares_numel
 from oomproof.quantization.product_4bit_wide import PRODUCT_4BIT_WIDE, wide_variant
 from oomproof.quantization.product_params import NormedInput, product_key
 from oomproof.quantization.products_wide import (
     WIDE_TOKENS,
+    chains,
     launch_wide_product,
     used_template,
     wide_pieces,
@@ -40,7 +42,7 @@ from tests.quantization.weights import random_input
 FORMATS = ("nf4", "nf4-dq", "int4")
 STORED = (torch.float32, torch.uint8, torch.bfloat16)
 SHAPES = ((16, 128), (48, 640), (1040, 1152), (6144, 4096), (112, 896), (64, 11008), (4096, 14336))
-TOKENS = (9, 13, 16, 17, 31, 32, 33, 63, 64)
+TOKENS = (5, 8, 9, 13, 16, 17, 31, 32, 33, 63, 64)
 SHARED_LIMIT = 227 << 10
 HOPPER = Gpu(name="NVIDIA H200", capability=(9, 0))
 
@@ -73,11 +75,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_tokens_are_multiplied_at_once() -> None:
     weights = set_of(64, 4096)
     assert launches(WIDE_TOKENS - 1, weights) == launches(65, weights) == []
-    templates = [(9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)]
+    templates = [(5, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)]
     for tokens, template in templates:
         [(multiplied, found, _)] = launches(tokens, weights)
         assert (multiplied, found) == (tokens, template) == (tokens, used_template(tokens, HOPPER))
-    assert used_template(8, HOPPER) == 8
+    assert used_template(WIDE_TOKENS - 1, HOPPER) == 4
 
 
 def test_what_scratch_has_no_room_for_is_multiplied_in_pieces() -> None:
@@ -91,7 +93,8 @@ def test_what_scratch_has_no_room_for_is_multiplied_in_pieces() -> None:
         *[(16, 16, 2)] * 2,
         (8, 16, 2),
     ]
-    assert launches(40, weights, scratch_bytes=16 * of_a_token - 1) == []
+    assert launches(40, weights, scratch_bytes=8 * of_a_token) == [(8, 8, 1)] * 5
+    assert launches(40, weights, scratch_bytes=8 * of_a_token - 1) == []
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
@@ -170,7 +173,7 @@ def test_every_launch_has_its_variant_and_every_variant_is_launched() -> None:
     for variant in wanted:
         assert variant in PRODUCT_4BIT_WIDE.variants
     assert len(wanted) == len(PRODUCT_4BIT_WIDE.variants)
-    assert [used_template(tokens, HOPPER) for tokens in (WIDE_TOKENS, 64)] == [16, 64]
+    assert [used_template(tokens, HOPPER) for tokens in (WIDE_TOKENS, 64)] == [8, 64]
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +224,7 @@ def test_every_way_to_split_the_columns_is_the_same_product(
 ) -> None:
     weights, scratch = weights_of("nf4-dq", shape, "three"), new_scratch(1 << 26)
     rows = sum(weights.sizes)
-    for tokens, processors in combinations((9, 21, 33, 64), (8, 132)):
+    for tokens, processors in combinations((7, 9, 21, 33, 64), (8, 132)):
         shapes = wide_shapes(
             tokens=tokens,
             columns=shape[1],
@@ -240,6 +243,66 @@ def test_every_way_to_split_the_columns_is_the_same_product(
             launch_wide_product(x, weights.tiled, out, scratch, launch)
             error = float((out.double() - expected).norm() / expected.norm())
             assert error < ERRORS[torch.bfloat16], (launch, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("shape", [(128, 896), (4096, 14336), (1152, 1152)])
+def test_a_chain_updates_and_normalises_hidden_states_exactly_to_rounding(
+    format_name: str, shape: tuple[int, int], compiled: None
+) -> None:
+    rows, columns = shape
+    update = weights_of(format_name, shape, "one")
+    after = weights_of(format_name, (96, rows), "three")
+    many = sum(after.sizes)
+    scratch, counters = new_scratch(1 << 26), torch.zeros(256, dtype=torch.int32, device=DEVICE)
+    for dtype, tokens in combinations(ERRORS, (5, 8, 9, 16, 21, 32, 33, 64)):
+        assert chains(tokens, update.tiled, torch.device(DEVICE, 0), scratch.nbytes)
+        x = random_input(tokens, columns, dtype).to(DEVICE)
+        wide = torch.randn(tokens, rows + 16, device=DEVICE).to(dtype)
+        before, weight = wide.clone(), (1 + 0.1 * torch.randn(rows, device=DEVICE)).to(dtype)
+        squares = torch.full((squares_numel(rows, tokens),), float("nan"), device=DEVICE)
+        out = torch.empty(tokens, many, dtype=dtype, device=DEVICE)
+        found = []
+        for _ in range(3):
+            scratch.fill_(0xFF)
+            wide.copy_(before)
+            hidden = wide[:, 8:-8]
+            for given, norm_weight, target, product in (
+                (x, None, hidden, update),
+                (hidden, weight, out, after),
+            ):
+                chained_linear_4bit(
+                    given,
+                    norm_weight,
+                    1e-5,
+                    0.5,
+                    *product.tiled.arguments(),
+                    [],
+                    False,
+                    norm_weight is None,
+                    target,
+                    squares,
+                    counters,
+                    scratch,
+                )
+            found.append((wide.clone(), out.clone()))
+        assert all(
+            torch.equal(one, two)
+            for again in found[1:]
+            for one, two in zip(found[0], again, strict=True)
+        )
+        assert torch.equal(wide[:, :8], before[:, :8])
+        assert torch.equal(wide[:, -8:], before[:, -8:])
+        assert not counters.any()
+        expected = before[:, 8:-8].double() + 0.5 * (x.double() @ update.exact.t())
+        assert float((hidden.double() - expected).norm() / expected.norm()) < ERRORS[dtype]
+        states = hidden.double()
+        normed = states * torch.rsqrt(states.square().mean(dim=1, keepdim=True) + 1e-5)
+        multiplied = (normed * weight.double()) @ after.exact.t()
+        # Rounded twice on its way in.
+        assert float((out.double() - multiplied).norm() / multiplied.norm()) < 2 * ERRORS[dtype]
 
 
 @pytest.mark.gpu

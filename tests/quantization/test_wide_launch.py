@@ -146,12 +146,12 @@ def test_a_launch_fits_and_no_two_are_alike(product: Product) -> None:
         assert shape.warpgroups == product.groups
         assert shape.warps == 4 * shape.warpgroups
         assert shape.blocks * shape.splits <= product.processors
-        x = shape.steps * 4 * shape.template * 128
+        x = shape.steps * 4 * (shape.template + 1) * 128
         sums = (shape.warpgroups - 1) * 64 * shape.template * 4
         assert shape.shared_bytes == 1024 + 256 * 256 + x + sums <= product.shared_limit
-        # float32 sums, of one split too.
-        written = shape.splits * product.tokens * 16 * product.tiles * 4
-        assert partial_bytes(shape, product.tokens, product.tiles) == written
+        # float32 sums of whole units and all of a kernel's tokens, of one split too.
+        written = shape.splits * shape.template * 64 * ceil_div(product.tiles, 4) * 4
+        assert partial_bytes(shape, product.tiles) == written
         assert written <= product.scratch_bytes
 
 
@@ -186,20 +186,24 @@ LLAMAS = {
 SCRATCH_BYTES = {"8b": 56 << 20, "70b": 112 << 20}
 """What a plan gives them, see the test below."""
 MEASURED: dict[tuple[int, str], tuple[dict[int, float], float]] = {
-    # An 8B's in nf4-dq on an H200, µs: (tokens, product) → ({splits: of launches with the rule's
-    # warpgroups}, of the fastest with any).
-    (16, "qkv"): ({4: 10.8, 8: 10.9}, 10.7),
-    (16, "o"): ({4: 9.1, 8: 8.9}, 8.9),
-    (16, "gate_up"): ({2: 29.4, 4: 28.3}, 28.3),
-    (16, "down"): ({8: 17.5, 10: 18.9}, 17.5),
-    (32, "qkv"): ({3: 16.0, 4: 13.3, 6: 14.7, 8: 12.8}, 12.8),
-    (32, "o"): ({2: 13.8, 4: 11.2, 6: 11.4, 8: 10.6}, 10.6),
-    (32, "gate_up"): ({2: 38.7, 3: 42.4, 4: 37.5, 6: 43.3}, 37.5),
-    (32, "down"): ({7: 24.9, 8: 23.3, 10: 23.7, 12: 22.7}, 22.7),
-    (64, "qkv"): ({4: 19.1, 6: 21.3, 8: 18.0}, 18.0),
-    (64, "o"): ({4: 15.1, 6: 16.3, 8: 13.9}, 13.9),
-    (64, "gate_up"): ({4: 53.1, 6: 68.2, 8: 69.8}, 53.1),
-    (64, "down"): ({14: 31.1}, 31.1),
+    # An 8B's in nf4-dq on an H200, µs: (tokens, product) → ({splits: of launches that add up their
+    # splits by themselves}, of the fastest).
+    (8, "qkv"): ({4: 9.0, 6: 9.6, 8: 9.3, 16: 9.9}, 9.0),
+    (8, "o"): ({2: 8.4, 4: 7.7, 8: 7.7, 16: 8.3}, 7.7),
+    (8, "gate_up"): ({2: 24.4, 4: 24.1, 8: 25.2, 16: 28.1}, 24.1),
+    (8, "down"): ({4: 15.8, 8: 15.2, 12: 15.4, 14: 16.1}, 15.2),
+    (16, "qkv"): ({4: 10.2, 6: 10.6, 8: 10.2, 16: 11.4}, 10.2),
+    (16, "o"): ({2: 10.0, 4: 8.6, 8: 8.4, 16: 9.1}, 8.4),
+    (16, "gate_up"): ({2: 27.1, 4: 26.2, 6: 29.1, 8: 27.9}, 26.2),
+    (16, "down"): ({8: 16.9, 10: 17.9, 12: 17.2, 14: 17.4}, 16.9),
+    (32, "qkv"): ({4: 12.5, 6: 14.0, 8: 12.1, 16: 13.4}, 12.1),
+    (32, "o"): ({4: 10.6, 6: 10.4, 8: 9.9, 16: 10.4}, 9.9),
+    (32, "gate_up"): ({2: 37.0, 3: 40.2, 4: 35.3, 8: 38.6}, 35.3),
+    (32, "down"): ({8: 22.7, 10: 22.6, 12: 21.8, 14: 22.2}, 21.8),
+    (64, "qkv"): ({4: 18.4, 6: 20.7, 8: 18.2, 16: 20.6}, 18.2),
+    (64, "o"): ({4: 14.9, 6: 15.5, 8: 14.2, 16: 15.3}, 14.2),
+    (64, "gate_up"): ({4: 51.9, 6: 66.9, 8: 66.6}, 51.9),
+    (64, "down"): ({14: 32.1, 19: 35.1, 28: 37.1}, 32.1),
 }
 
 
@@ -215,10 +219,10 @@ def test_the_rules_choice_is_as_fast_as_the_fastest_that_was_measured(
     tokens: int, name: str
 ) -> None:
     times, fastest = MEASURED[tokens, name]
-    assert times[llama_shapes("8b", name, tokens)[0].splits] <= 1.03 * fastest
+    assert times[llama_shapes("8b", name, tokens)[0].splits] <= 1.04 * fastest
 
 
-@pytest.mark.parametrize("tokens", [16, 32, 64])
+@pytest.mark.parametrize("tokens", WIDE_TEMPLATES)
 @pytest.mark.parametrize("model", LLAMAS)
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
 def test_llamas_have_a_launch_within_their_scratch_that_keeps_an_h200_busy(
@@ -258,9 +262,9 @@ def test_there_is_no_launch_where_the_table_leaves_no_room() -> None:
 
 
 def test_more_warpgroups_fetch_less_far_ahead() -> None:
-    assert [wide_template_of(tokens) for tokens in (1, 16, 17, 33, 64)] == [16, 16, 32, 64, 64]
-    assert [warpgroups_of(template, 1) for template in WIDE_TEMPLATES] == [4, 3, 2]
-    assert [warpgroups_of(template, 4) for template in WIDE_TEMPLATES] == [3, 3, 2]
+    assert [wide_template_of(tokens) for tokens in (1, 9, 17, 33, 64)] == [8, 16, 32, 64, 64]
+    assert [warpgroups_of(template, 1) for template in WIDE_TEMPLATES] == [4, 4, 3, 2]
+    assert [warpgroups_of(template, 4) for template in WIDE_TEMPLATES] == [3, 3, 3, 2]
     # Bytes on their way: four warps, half a KiB a block of columns, four blocks a step.
     ahead = [groups * 4 * depth_of(groups) * 4 * 512 for groups in (2, 3, 4)]
     assert min(ahead) >= 48 << 10

@@ -21,8 +21,9 @@ from oomproof.kernels.compiler import installed_nvrtc
 from oomproof.memory.native import StepShape, graph_sizes, scratch_bytes
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.plan import DevicePlan, Plan
+from oomproof.quantization.gpus import gpu_of, limits_of
 from oomproof.quantization.product_4bit import INPUTS, warps_choices
-from oomproof.quantization.products_tiled import MOST_NORMED, gpu_of, limits_of, prepare
+from oomproof.quantization.products_tiled import MOST_NORMED, prepare
 from oomproof.quantization.products_wide import is_wide, used_template
 from oomproof.quantization.tiled_launch import TEMPLATES
 from oomproof.quantization.tune_products import (

@@ -24,6 +24,10 @@ CHUNK_TOKENS = 2048
 _LEAST_SCRATCH_BYTES = 32 * MIB
 _STEP_PROMPT = 64
 """Tokens of a prompt that are multiplied as a decode step's are."""
+SQUARES_COLUMNS = 64
+"""Of the hidden states, whose squares are one sum: what decode steps normalise them by."""
+PRODUCT_COUNTERS = 256
+"""int32 numbers by which blocks of a decode step's product know each other; 0 between two."""
 _PROMPT_SIZES = (_STEP_PROMPT, 512)
 _STEP_PIECE_TOKENS, _PIECE_TOKENS = 220, 365
 """Tokens that such a piece takes as long as, and by which a longer one is slower than its own: 5,
@@ -206,6 +210,12 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
         buffers += [
             # The hidden states of a decode step are updated from one into the other.
             Buffer(name="hidden_next", shape=(requests, hidden), dtype=compute),
+            Buffer(
+                name="squares",
+                shape=(_STEP_PROMPT, ceil_div(hidden, SQUARES_COLUMNS)),
+                dtype=DType.FLOAT32,
+            ),
+            Buffer(name="product_counters", shape=(PRODUCT_COUNTERS,), dtype=DType.INT32),
             Buffer(
                 name="counters", shape=(attention_counters(kv_heads, requests),), dtype=DType.INT32
             ),

@@ -18,7 +18,7 @@ _OUTPUTS = (torch.bfloat16, torch.float16)
 _SCALES = (torch.float32, torch.uint8, torch.bfloat16)
 _WARPS = 8
 _STEP_BLOCKS = 4
-_BLOCKS_EACH = 2
+_BLOCKS_EACH = 16
 """Blocks of threads for each multiprocessor, at most: as many as it has room for."""
 
 

@@ -58,6 +58,8 @@ class Params(ctypes.Structure):
                 "hidden_out",
                 "out",
                 "partials",
+                "counters",
+                "squares",
             )
         ),
         ("segments", Segment * MAX_SEGMENTS),

@@ -1,4 +1,4 @@
-"""The product kernel for 9 to 64 tokens on Hopper: its variants, and its launch.
+"""The product kernel for 5 to 64 tokens on Hopper: its variants, and its launch.
 
 Its parameters are product_4bit's, with the meanings that cuda/product_4bit_wide.cu says.
 """
@@ -12,6 +12,7 @@ import torch
 from oomproof.kernels.module import Kernel, launch, load_modules
 from oomproof.kernels.source import SM_90A, Source, Variant
 from oomproof.quantization.product_4bit import INPUTS, SCALES, Params
+from oomproof.quantization.tiles import TILE_ROWS
 from oomproof.quantization.wide_launch import (
     WIDE_TEMPLATES,
     WideShape,
@@ -59,7 +60,7 @@ def wide_kernels(template: int, dtype: torch.dtype, scales: torch.dtype) -> tupl
     """(The product, what adds up its splits), compiled or read, and loaded."""
     variant = wide_variant(template, dtype, scales)
     [module] = load_modules(PRODUCT_4BIT_WIDE, [variant], SM_90A.capability)
-    return module.kernel("product_4bit_wide", Params), module.kernel("finish_4bit", Params)
+    return module.kernel("product_4bit_wide", Params), module.kernel("finish_4bit_wide", Params)
 
 
 def prepare_wide(dtype: torch.dtype, scales: torch.dtype, shared_limit: int) -> None:
@@ -104,6 +105,7 @@ def launch_wide(
     grid = (shape.blocks * shape.splits, 1, 1)
     block = (_WARP_THREADS * shape.warps, 1, 1)
     launch(product, grid, block, shape.shared_bytes, params, stream, dependent=True)
-    rows = 16 * params.tiles // params.tile_unit
-    grid = (-(-rows // _FINISH_THREADS), params.tokens, 1)
-    launch(finish, grid, (_FINISH_THREADS, 1, 1), 0, params, stream, dependent=True)
+    if not params.counters:
+        quads = shape.template * TILE_ROWS * params.tiles // params.tile_unit // 4
+        grid = (-(-quads // _FINISH_THREADS), 1, 1)
+        launch(finish, grid, (_FINISH_THREADS, 1, 1), 0, params, stream, dependent=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 
 import torch
 
 from oomproof.kernels.module import launch, load_modules
+from oomproof.quantization.gpus import gpu_of, limits_of
 from oomproof.quantization.product_4bit import (
     INPUTS,
     MAX_SEGMENTS,
@@ -24,7 +24,12 @@ from oomproof.quantization.product_params import (
     type_name,
     unit_of,
 )
-from oomproof.quantization.products_wide import has_wide, launch_wide_product, wide_pieces
+from oomproof.quantization.products_wide import (
+    ChainEnds,
+    has_wide,
+    launch_wide_product,
+    wide_pieces,
+)
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import (
     MAX_TOKENS,
@@ -34,7 +39,7 @@ from oomproof.quantization.tiled_launch import (
     partial_bytes,
     template_of,
 )
-from oomproof.quantization.tuned import Gpu, tuned_launch, tuned_launches
+from oomproof.quantization.tuned import tuned_launch, tuned_launches
 
 _FINISH_THREADS = 256
 _PAIR = 2
@@ -115,6 +120,7 @@ def multiply(
     *,
     biases: Sequence[torch.Tensor] = (),
     gated: bool = False,
+    chain: ChainEnds | None = None,
 ) -> None:
     """Writes the product of a few tokens with all linears of a set.
 
@@ -125,6 +131,7 @@ def multiply(
         scratch: uint8; what was in it is lost.
         biases: One of each linear, or none.
         gated: Whether silu(first linear) · second is written, and not both.
+        chain: For the kernel for many tokens; see launch_wide_product. The other has no use for it.
 
     Raises:
         CudaError: The driver refuses a launch.
@@ -138,7 +145,7 @@ def multiply(
         for first, end, wide_shape in wide:
             rows = slice(first, end)
             launch_wide_product(
-                x[rows], weights, out[rows], scratch, wide_shape, biases, gated=gated
+                x[rows], weights, out[rows], scratch, wide_shape, biases, gated=gated, chain=chain
             )
         if wide:
             return
@@ -319,23 +326,6 @@ def _shape(
         shared_limit=shared_limit,
         warps=warps,
         splits=splits,
-    )
-
-
-@cache
-def limits_of(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of shared memory that a block may have)."""
-    properties = torch.cuda.get_device_properties(device)
-    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return properties.multi_processor_count, shared
-
-
-@cache
-def gpu_of(device: torch.device) -> Gpu:
-    """Which kind of GPU it is."""
-    return Gpu(
-        name=torch.cuda.get_device_name(device),
-        capability=torch.cuda.get_device_capability(device),
     )
 
 

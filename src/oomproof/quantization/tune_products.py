@@ -18,7 +18,7 @@ import torch
 from oomproof.formats import ceil_div
 from oomproof.quantization.product_params import NormedInput
 from oomproof.quantization.products_tiled import launch_product
-from oomproof.quantization.products_wide import launch_wide_product
+from oomproof.quantization.products_wide import ChainEnds, launch_wide_product
 from oomproof.quantization.tiled import TiledSet
 from oomproof.quantization.tiled_launch import (
     LaunchShape,
@@ -206,6 +206,7 @@ class LaunchTimer:
         device, columns = scratch.device, copies[0].columns
         rows = len(copies[0].codes) * TILE_ROWS // (2 if gated else 1)
         self._stream = torch.cuda.Stream(device)
+        self._chain = ChainEnds.alone(device)
         self.out = torch.empty(tokens, rows, dtype=dtype, device=device)
         """What the last launch wrote: of the last copy."""
         x = torch.empty(tokens, columns, dtype=dtype, device=device).normal_()
@@ -249,7 +250,15 @@ class LaunchTimer:
             launch_product(self.x, weights, self.out, self._scratch, shape, gated=self._gated)
         else:
             assert isinstance(self.x, torch.Tensor), "what is normalised has few tokens"
-            launch_wide_product(self.x, weights, self.out, self._scratch, shape, gated=self._gated)
+            launch_wide_product(
+                self.x,
+                weights,
+                self.out,
+                self._scratch,
+                shape,
+                gated=self._gated,
+                chain=self._chain,
+            )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""How a product of 9 to 64 tokens with tiled 4-bit weights is spread over a Hopper GPU.
+"""How a product of 5 to 64 tokens with tiled 4-bit weights is spread over a Hopper GPU.
 
-A block of threads has whole units of 64 rows, and a split of the columns; a kernel of its own adds
-up the splits. See cuda/product_4bit_wide.cu.
+A block of threads has whole units of 64 rows, and a split of the columns. See
+cuda/product_4bit_wide.cu.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from functools import cache
 from oomproof.formats import ceil_div
 from oomproof.quantization.tiles import TILE_ROWS
 
-WIDE_TEMPLATES = (16, 32, 64)
+WIDE_TEMPLATES = (8, 16, 32, 64)
 """Tokens of a launch that the kernel is compiled for."""
 UNIT_TILES = 4
-"""Of a warpgroup: 64 rows."""
-_WARPGROUPS = {16: 4, 32: 3, 64: 2}
+"""Of a warpgroup."""
+UNIT_ROWS = UNIT_TILES * TILE_ROWS
+_WARPGROUPS = {8: 4, 16: 4, 32: 3, 64: 2}
 _MOST_WITH_FLOAT32 = 3
 _FEW_WARPGROUPS = 2
 _WARPS = 4
@@ -131,20 +132,20 @@ def wide_shapes(
             blocks_with_more=units % blocks,
             shared_bytes=shared,
         )
-        if partial_bytes(shape, tokens, tiles) <= scratch_bytes:
+        if partial_bytes(shape, tiles) <= scratch_bytes:
             found.append(shape)
     return tuple(sorted(found, key=lambda shape: _cost_ns(shape, tiles)))
 
 
-def partial_bytes(shape: WideShape, tokens: int, tiles: int) -> int:
+def partial_bytes(shape: WideShape, tiles: int) -> int:
     """Scratch that the splits of the columns write their sums to, one split too."""
-    return shape.splits * tokens * tiles * TILE_ROWS * 4
+    return shape.splits * ceil_div(tiles, UNIT_TILES) * UNIT_ROWS * shape.template * 4
 
 
 def shared_bytes(template: int, warpgroups: int, steps: int) -> int:
-    """What a block asks for: the table, x, and sums of units that warpgroups share."""
-    x_bytes = steps * _STEP_BLOCKS * template * _ROW_BYTES
-    unit_bytes = UNIT_TILES * TILE_ROWS * template * 4
+    """What a block asks for: the table, x, its norm's weights, and sums that warpgroups share."""
+    x_bytes = steps * _STEP_BLOCKS * (template + 1) * _ROW_BYTES
+    unit_bytes = UNIT_ROWS * template * 4
     return _SYSTEM_BYTES + _TABLE_BYTES + x_bytes + (warpgroups - 1) * unit_bytes
 
 
@@ -153,6 +154,6 @@ def _cost_ns(shape: WideShape, tiles: int) -> float:
     # A warpgroup that has a step more than the others is waited for.
     steps = ceil_div(shape.most_units * shape.steps, shape.warpgroups) * shape.warpgroups
     x_bytes = shape.steps * _STEP_BLOCKS * shape.template * _ROW_BYTES
-    written = partial_bytes(shape, shape.template, tiles)
+    written = partial_bytes(shape, tiles)
     step_ns = _STEP_NS + _TOKEN_NS * shape.template
     return steps * step_ns + x_bytes / _X_BYTES + written / _PARTIAL_BYTES

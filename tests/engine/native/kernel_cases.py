@@ -85,6 +85,22 @@ def compare_elementwise(device: torch.device, dtype: torch.dtype, bound: float) 
         assert bool(wide[:, 2 * width :].isnan().all())
 
 
+def compare_next_inputs(device: torch.device) -> None:
+    """Rows of a decode step and padding; more than one program has, and those that are not its."""
+    for rows in (1, 8, 300):
+        inputs = torch.arange(3 * (rows + 5), dtype=torch.int32).view(3, rows + 5)
+        inputs[2, rows // 2 : rows] = -1
+        drawn = torch.arange(rows) + 100_000
+        found = inputs.to(device)
+        operators.next_inputs(inputs[:, :rows], drawn)
+        _kernels().next_inputs(found[:, :rows], drawn.to(device))
+        assert torch.equal(found.cpu(), inputs)
+    assert inputs[0, 149] == 100_149
+    assert inputs[0, 150] == 0
+    assert inputs[1, 149] == 305 + 149 + 1
+    assert inputs[1, 150] == 305 + 150
+
+
 def compare_attention(case: Case, device: torch.device, bound: float) -> None:
     """Chunks of one request, over the border of its ring where it has a window, each with padding
     behind it or without, then a step."""
@@ -214,5 +230,6 @@ def _attention() -> Any:
 if __name__ == "__main__":
     compare_elementwise(CPU, torch.float32, 1e-5)
     compare_e4m3(CPU)
+    compare_next_inputs(CPU)
     for one in CASES:
         compare_attention(one, CPU, bound_of(one))

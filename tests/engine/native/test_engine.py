@@ -190,11 +190,13 @@ def test_chunks_and_slices_of_up_change_no_answer(
     assert answers[0] == answers[1]
 
 
-@pytest.fixture(params=[False, True], ids=["in turn", "one step ahead"])
+@pytest.fixture(params=[0, 1, 2], ids=["in turn", "one step ahead", "before tokens come"])
 def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether steps are launched before the tokens of the last are handed out, as on a GPU."""
-    launches_ahead: bool = request.param
+    """Whether steps are launched before the tokens of the last are handed out, as on GPUs; or
+    before they have come, as on one."""
+    launches_ahead: bool = request.param > 0
     monkeypatch.setattr(Pipeline, "is_recorded", launches_ahead)
+    monkeypatch.setattr(Pipeline, "is_one_graph", request.param > 1)
     return launches_ahead
 
 
@@ -205,9 +207,18 @@ def test_steps_that_are_launched_ahead_answer_alike(monkeypatch: pytest.MonkeyPa
         (chooser.randint(0, 25), chooser.randint(1, 30), chooser.randint(1, 12), chooser.random())
         for _ in range(24)
     ]
-    found = []
-    for launches_ahead in (False, True):
+    found, went_on = [], []
+    decode_on = Pipeline.decode_on
+
+    def noted(self: Pipeline, rows: int, *, greedy: bool) -> int:
+        went_on.append(rows)
+        return decode_on(self, rows, greedy=greedy)
+
+    monkeypatch.setattr(Pipeline, "decode_on", noted)
+    for launches_ahead, goes_on in ((False, False), (True, False), (True, True)):
+        went_on.clear()
         monkeypatch.setattr(Pipeline, "is_recorded", launches_ahead)
+        monkeypatch.setattr(Pipeline, "is_one_graph", goes_on)
         engine = engine_of(bundled_folder(), format="fp32", context=256, concurrency=3)
         told: dict[str, list[Any]] = {str(n): [] for n in range(len(plans))}
         turn = 0
@@ -215,7 +226,10 @@ def test_steps_that_are_launched_ahead_answer_alike(monkeypatch: pytest.MonkeyPa
             for n, (begin, length, new_tokens, luck) in enumerate(plans):
                 if begin == turn:
                     sampling = GREEDY if luck < 0.5 else SamplingOptions(seed=n, top_k=20)
-                    engine.submit(request(str(n), range(5, 5 + length), new_tokens, sampling))
+                    # Some end with a token that nobody knew of when the next step was launched.
+                    stops = frozenset(range(0, 2048, 7)) if n % 3 == 0 else frozenset()
+                    one = request(str(n), range(5, 5 + length), new_tokens, sampling)
+                    engine.submit(replace(one, stop_tokens=stops))
                 if luck > 0.8 and turn == begin + 6:
                     engine.cancel(str(n))
             for event in engine.step():
@@ -223,18 +237,24 @@ def test_steps_that_are_launched_ahead_answer_alike(monkeypatch: pytest.MonkeyPa
             turn += 1
         engine.close()
         found.append(told)
+        assert bool(went_on) == goes_on
+    assert {told["0"][-1].reason for told in found} <= {"stop", "length"}
+    assert any(events[-1].reason == "stop" for told in found for events in told.values())
     for n, (_, _, new_tokens, _) in enumerate(plans):
-        one, two = (told[str(n)] for told in found)
-        for events in (one, two):
+        one, *others = (told[str(n)] for told in found)
+        for events in (one, *others):
             tokens, finished = events[:-1], events[-1]
             assert isinstance(finished, FinishedEvent)
             assert all(isinstance(event, TokenEvent) for event in tokens)
             assert finished.new_tokens == len(tokens) <= new_tokens
-            assert (len(tokens) == new_tokens) == (finished.reason == "length")
+            assert (finished.reason == "length") <= (len(tokens) == new_tokens)
         # A cancelled one may end a token earlier or later.
-        shared = min(len(one), len(two)) - 1
-        assert [event.token for event in one[:shared]] == [event.token for event in two[:shared]]
-        assert abs(len(one) - len(two)) <= 1
+        for two in others:
+            shared = min(len(one), len(two)) - 1
+            assert [event.token for event in one[:shared]] == [
+                event.token for event in two[:shared]
+            ]
+            assert abs(len(one) - len(two)) <= 1
 
 
 @pytest.mark.usefixtures("ahead")

@@ -39,11 +39,11 @@ def logits_of(engine: NativeEngine, tokens: list[int]) -> torch.Tensor:
     with pipeline.streams():
         half = len(tokens) // 2
         pipeline.prefill(tokens[:half], 0, 0, draws=True, greedy=True)
-        pipeline.read(1, logprobs=False)
+        pipeline.wait()
         found.append(pipeline._head.logits[0].cpu().clone())
         for position in range(half, len(tokens)):
             pipeline.decode([tokens[position]], [position], [0], greedy=True)
-            pipeline.read(1, logprobs=False)
+            pipeline.wait()
             found.append(pipeline._head.logits[0].cpu().clone())
     return torch.stack(found)
 

@@ -17,6 +17,7 @@ from tests.engine.native.kernel_cases import (
     compare_attention,
     compare_e4m3,
     compare_elementwise,
+    compare_next_inputs,
 )
 
 
@@ -43,6 +44,11 @@ def test_attention_on_a_gpu_is_the_references(case: Case) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_norm_and_gate_on_a_gpu_are_the_references(dtype: torch.dtype, bound: float) -> None:
     compare_elementwise(torch.device("cuda"), dtype, bound)
+
+
+@pytest.mark.gpu
+def test_the_next_steps_rows_on_a_gpu_are_the_references() -> None:
+    compare_next_inputs(torch.device("cuda"))
 
 
 @pytest.mark.gpu

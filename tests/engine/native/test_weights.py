@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oomproof.engine.native.layout import lay_out_block
-from oomproof.engine.native.linears import TiledLinears
+from oomproof.engine.native.linears import Chain, TiledLinears
 from oomproof.engine.native.weights import LayerWeights, Parameter, StepProducts
 from oomproof.formats import DType
 from oomproof.models.resolve import bundled_folder
@@ -143,11 +143,22 @@ def test_an_engine_answers_the_same_from_tiles(
     in_tiles.close()
 
 
-@pytest.mark.parametrize("normalises", [(True,), (False,), (True, False, False)])
+@pytest.mark.parametrize(
+    ("normalises", "chains"),
+    [
+        ((False,), (False,)),
+        ((True,), (False,)),
+        ((True, False, False), (False,)),
+        ((False,), (True,)),
+        # A layer's products are a chain or not, whatever the one before it was.
+        ((True,), (True, False)),
+        ((True, False, False), (False, True, True)),
+    ],
+)
 def test_an_engine_answers_the_same_in_fused_steps(
-    normalises: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+    normalises: tuple[bool, ...], chains: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps of a GPU by the operators' references, with norms fused or not, or by turns."""
+    """The steps of a GPU by the operators' references, fused in each way or by turns."""
     options = {"compute_dtype": "float32", "kv_format": "fp32", "context": 256, "concurrency": 3}
     asked = [request(str(n), prompt, 12) for n, prompt in enumerate(prompts(3, 2048, 60))]
     row_major = engine_of(bundled_folder(), format="nf4-dq", **options)
@@ -177,6 +188,13 @@ def test_an_engine_answers_the_same_in_fused_steps(
     )
     monkeypatch.setattr(LayerWeights, "_step_products", in_steps)
     monkeypatch.setattr(TiledLinears, "normalises", normalises_now)
+    chained = cycle(chains)
+
+    def chains_now(_products: StepProducts, tokens: int, _chain: Chain) -> bool:
+        steps.append(tokens)
+        return next(chained)
+
+    monkeypatch.setattr(StepProducts, "chains", chains_now)
     fused = engine_of(bundled_folder(), format="nf4-dq", **options)
     assert run(fused, asked) == expected
     assert steps

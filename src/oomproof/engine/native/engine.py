@@ -3,7 +3,9 @@
 Requests are admitted to slots while there are KV pages for their prompt and answer; each step moves
 every request by a prefill chunk or a token, the decoding ones together. Where decode steps are
 recorded the next one is launched before the tokens of the last are handed out: the GPU computes
-while the caller looks at them. It knows nothing of text.
+while the caller looks at them. On one device it is launched before they have even come to the host,
+if all requests may go on: one that a stop token ends then has a row too many, which nobody reads.
+It knows nothing of text.
 """
 
 from __future__ import annotations
@@ -39,11 +41,22 @@ class _Active:
     pending: tuple[int, ...] = ()
     """Tokens to process next: what is left of the prompt, or the last token drawn."""
     new_tokens: int = 0
+    retired: bool = False
 
     @property
     def decodes(self) -> bool:
         """Whether the prompt is done."""
         return self.new_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A decode step that was launched."""
+
+    rows: list[_Active]
+    greedy: bool
+    turn: int
+    """What the pipeline finds its tokens by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +98,8 @@ class NativeEngine:
         self._waiting: deque[Request] = deque()
         self._active: list[_Active] = []
         self._cancelled: set[str] = set()
-        self._flying: list[_Active] = []
-        """Whose next tokens are being computed, row by row."""
+        self._flying: _Flight | None = None
+        """What is being computed."""
         self._pipeline.capture(self._chunk)
         self._flies_ahead = self._pipeline.is_recorded
         meter.captured()
@@ -114,20 +127,20 @@ class NativeEngine:
         pipeline = self._running
         with pipeline.streams():
             # In this order: what is in the air uses the slots of requests that may end now.
-            was_flying = bool(self._flying)
-            outcomes = self._land()
+            landing = self._flying
+            self._flying = self._launch_on(landing) if self._goes_on(landing) else None
+            outcomes = self._land(landing)
             dropped = list(self._drop_cancelled())
             while self._waiting and self._admit(self._waiting[0]):
                 self._waiting.popleft()
             decoding = [active for active in self._active if active.decodes]
             for active in [active for active in self._active if not active.decodes]:
                 outcomes += self._prefill(active)
-            if decoding and not was_flying:
-                self._launch(decoding)
-                outcomes += self._land()
+            if decoding and landing is None:
+                outcomes += self._land(self._launch(decoding))
             decoding = [active for active in self._active if active.decodes]
-            if decoding and self._flies_ahead:
-                self._launch(decoding)
+            if decoding and self._flies_ahead and self._flying is None:
+                self._flying = self._launch(decoding)
         self._meter.sample()
         return [*dropped, *(event for one in outcomes for event in _events(one))]
 
@@ -138,9 +151,9 @@ class NativeEngine:
     def close(self) -> None:
         """Gives the model's memory back."""
         self._meter.release()
-        if self._flying and self._pipeline is not None:
-            self._pipeline.read(0, logprobs=False)
-        self._flying = []
+        if self._pipeline is not None:
+            self._pipeline.wait()
+        self._flying = None
         self._active.clear()
         self._waiting.clear()
         self._pipeline = None
@@ -189,7 +202,7 @@ class NativeEngine:
         piece = min(piece, self._chunk)
         tokens, rest = active.pending[:piece], active.pending[piece:]
         sampling = active.request.sampling
-        self._running.prefill(
+        turn = self._running.prefill(
             tokens,
             active.position,
             active.slot,
@@ -198,34 +211,59 @@ class NativeEngine:
         )
         active.position += len(tokens)
         active.pending = rest
-        if rest:
+        if turn is None:
             return []
-        drawn = self._running.read(1, logprobs=sampling.logprobs is not None)
+        drawn = self._running.read(turn, 1, logprobs=sampling.logprobs is not None)
         return [self._receive(active, drawn, 0)]
 
-    def _launch(self, decoding: list[_Active]) -> None:
+    def _launch(self, decoding: list[_Active]) -> _Flight:
         """A decode step of these requests, whose tokens `_land` receives."""
-        self._running.decode(
+        greedy = all(active.request.sampling.is_plain_argmax for active in decoding)
+        turn = self._running.decode(
             [active.pending[0] for active in decoding],
             [active.position for active in decoding],
             [active.slot for active in decoding],
-            greedy=all(active.request.sampling.is_plain_argmax for active in decoding),
+            greedy=greedy,
         )
-        for active in decoding:
-            active.position += 1
-        self._flying = decoding
+        return self._flight(decoding, turn, greedy=greedy)
 
-    def _land(self) -> list[_Outcome]:
-        """Receives the tokens of the step that was launched, if one was."""
-        flying, self._flying = self._flying, []
-        if not flying:
+    def _goes_on(self, flight: _Flight | None) -> bool:
+        """Whether the step after this one is known before its tokens are.
+
+        It has the same rows: no request ends with this token, unless by it, and none begins.
+        """
+        if flight is None or not (self._flies_ahead and self._running.goes_on):
+            return False
+        if self._cancelled or (self._waiting and self._free_slots):
+            return False
+        return len(self._active) == len(flight.rows) and all(
+            not active.retired
+            and active.new_tokens + 1 < active.request.max_new_tokens
+            and active.request.sampling.logprobs is None
+            for active in flight.rows
+        )
+
+    def _launch_on(self, flight: _Flight | None) -> _Flight:
+        assert flight is not None
+        turn = self._running.decode_on(len(flight.rows), greedy=flight.greedy)
+        return self._flight(flight.rows, turn, greedy=flight.greedy)
+
+    def _flight(self, rows: list[_Active], turn: int, *, greedy: bool) -> _Flight:
+        for active in rows:
+            active.position += 1
+        return _Flight(rows, greedy, turn)
+
+    def _land(self, flight: _Flight | None) -> list[_Outcome]:
+        """Receives the tokens of a step that was launched, if one was."""
+        if flight is None:
             return []
-        wants_logprobs = any(active.request.sampling.logprobs is not None for active in flying)
-        drawn = self._running.read(len(flying), logprobs=wants_logprobs)
+        rows = flight.rows
+        wants_logprobs = any(active.request.sampling.logprobs is not None for active in rows)
+        drawn = self._running.read(flight.turn, len(rows), logprobs=wants_logprobs)
         return [
             self._receive(active, drawn, row)
-            for row, active in enumerate(flying)
-            if active.request.id not in self._cancelled
+            for row, active in enumerate(rows)
+            if not active.retired and active.request.id not in self._cancelled
         ]
 
     def _receive(self, active: _Active, drawn: Drawn, row: int) -> _Outcome:
@@ -243,6 +281,7 @@ class NativeEngine:
         return _Outcome(active, drawn, row, active.new_tokens, is_handed_out, finished)
 
     def _retire(self, active: _Active) -> None:
+        active.retired = True
         self._active.remove(active)
         self._free_slots.append(active.slot)
         for pages in self._pages.values():

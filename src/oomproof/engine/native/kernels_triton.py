@@ -1,4 +1,4 @@
-"""Norm and rotary positions in Triton; operators.py says what each computes.
+"""Norm, rotary positions and the next step's rows in Triton; operators.py says what each computes.
 
 Every launch writes into tensors it is given, allocates nothing and does not wait, so that it can be
 captured in a CUDA graph. Attention is in attend_triton.py.
@@ -162,6 +162,24 @@ def _rotate_and_store(
             tl.store(keys + at + HALF, kept_high, mask=is_key)
             tl.store(values + at, kept_low, mask=inside & is_value)
             tl.store(values + at + HALF, kept_high, mask=inside & is_value)
+
+
+def next_inputs(inputs: torch.Tensor, drawn: torch.Tensor) -> None:
+    """A program for every 256 rows."""
+    rows = inputs.shape[1]
+    _next_inputs[(triton.cdiv(rows, 256),)](inputs, drawn, inputs.stride(0), rows, BLOCK=256)
+
+
+@triton.jit
+def _next_inputs(inputs, drawn, stride, rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    tokens = tl.load(drawn + row, mask=inside, other=0)
+    positions = tl.load(inputs + stride + row, mask=inside, other=0)
+    slots = tl.load(inputs + 2 * stride + row, mask=inside, other=-1)
+    real = slots >= 0
+    tl.store(inputs + row, tl.where(real, tokens, 0).to(tl.int32), mask=inside)
+    tl.store(inputs + stride + row, positions + real.to(tl.int32), mask=inside)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from oomproof.quantization import operators
+from oomproof.quantization.chained_operators import chained_linear_4bit
 from oomproof.quantization.handlers import Handler
 from oomproof.quantization.rows import parts_of_rows
 from oomproof.quantization.step_operators import step_linear_4bit
@@ -73,6 +74,17 @@ class StepNorm:
     multiplier: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chain:
+    """What a decode step's products hand each other beside results; see chained_operators."""
+
+    squares: torch.Tensor
+    counters: torch.Tensor
+    scratch: torch.Tensor
+    eps: float
+    multiplier: float
+
+
 class TiledLinears:
     """A product with one or several weights whose tiles are one stream.
 
@@ -130,6 +142,40 @@ class TiledLinears:
         from oomproof.quantization.products_tiled import normalises
 
         return normalises(tokens, self.weights, self.weights.codes.device)
+
+    def chains(self, tokens: int, chain: Chain) -> bool:
+        """Whether `chained` computes it for so many tokens."""
+        from oomproof.quantization.products_wide import chains
+
+        return chains(tokens, self.weights, chain.scratch.device, chain.scratch.nbytes)
+
+    def chained(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        chain: Chain,
+        *,
+        norm_weight: torch.Tensor | None = None,
+        gated: bool = False,
+        updates: bool = False,
+        before_attention: bool = False,
+    ) -> None:
+        """The product of a decode step between others; see chained_linear_4bit."""
+        assert self._step_biases is not None
+        chained_linear_4bit(
+            x,
+            norm_weight,
+            chain.eps,
+            chain.multiplier,
+            *self._arguments,
+            biases=self._step_biases,
+            gated=gated,
+            updates=updates,
+            out=out,
+            squares=chain.squares,
+            counters=None if before_attention else chain.counters,
+            scratch=chain.scratch,
+        )
 
     def step(
         self,

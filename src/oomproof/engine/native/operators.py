@@ -151,11 +151,26 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(torch.nn.functional.silu(gate.float()) * up.float())
 
 
+@operator("oomproof::next_inputs", mutates_args=("inputs",))
+def next_inputs(inputs: torch.Tensor, drawn: torch.Tensor) -> None:
+    """Makes the rows of a decode step those of the one after it.
+
+    Args:
+        inputs: int32 [3, rows]: tokens, positions and slots. The tokens become those that were
+            drawn, and every row but padding goes one position further; padding has token 0.
+        drawn: int64 [rows].
+    """
+    real = inputs[2] >= 0
+    inputs[0].copy_(torch.where(real, drawn, 0))
+    inputs[1].add_(real)
+
+
 for _operator, _module, _function in (
     (add_rms_norm, "engine.native.kernels_triton", "add_rms_norm"),
     (rotate_and_store, "engine.native.kernels_triton", "rotate_and_store"),
     (attend, "engine.native.attend_triton", "attend"),
     (silu_mul, "quantization.gate_cuda", "silu_mul"),
+    (next_inputs, "engine.native.kernels_triton", "next_inputs"),
 ):
     _operator.register_fake(writes_where_told)
     _operator.register_kernel("cuda")(on_cuda(f"oomproof.{_module}", _function))

@@ -13,12 +13,14 @@ from functools import partial
 import torch
 
 from oomproof.engine.native.device import NativeDevice
+from oomproof.engine.native.operators import next_inputs
 from oomproof.engine.native.sampler import Sampler
 from oomproof.engine.native.stage import Head
 from oomproof.memory.native import graph_sizes, next_piece, prompt_sizes
 from oomproof.memory.sampler import MAX_ALTERNATIVES
 
 PADDING_SLOT = -1
+_PROMPTS_TURN = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,13 @@ class Pipeline:
         self._drawn = self._head_device.arena["drawn"]
         self._host_inputs = torch.zeros((3, max_rows), dtype=torch.int32, pin_memory=on_gpu)
         self._inputs_sent = [torch.cuda.Event() for device in devices if device.stream]
-        self._host_drawn = torch.zeros(requests, dtype=torch.int64, pin_memory=on_gpu)
+        # What a step draws is read while the next one is computed, and brings its own; a prompt's
+        # token comes between.
+        self._host_drawn = torch.zeros((3, requests), dtype=torch.int64, pin_memory=on_gpu)
+        self._brought = [torch.cuda.Event() for _ in range(3)] if on_gpu else []
+        self._turn = 0
+        self._holds_rows = False
+        """Whether the devices have the rows of a decode step still, and what it drew."""
         self._host_logprobs = torch.zeros(requests, pin_memory=on_gpu)
         self._host_top_tokens = torch.zeros(
             (requests, MAX_ALTERNATIVES), dtype=torch.int32, pin_memory=on_gpu
@@ -73,13 +81,11 @@ class Pipeline:
         self._host_rows = self._host_inputs.numpy()
         self._sizes: list[int] = []
         self._steps: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        """(rows, greedy) → a whole step, copies from and to the host in it; on one device."""
+        """(rows, greedy) → a whole step, from rows on the device to drawn tokens; on one device."""
         self._prompts: dict[int, list[torch.cuda.CUDAGraph]] = {}
         """Tokens of a piece of a prompt → its layers, device after device."""
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
         self._draw_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._is_read = False
-        """Whether what was drawn is on its way to the host already."""
 
     @contextmanager
     def streams(self) -> Iterator[None]:
@@ -100,10 +106,15 @@ class Pipeline:
         draws: bool,
         greedy: bool,
         most_layers: int | None = None,
-    ) -> None:
-        """A chunk of one request's prompt, and the token after it where `draws`."""
+    ) -> int | None:
+        """A chunk of one request's prompt, and the token after it where `draws`.
+
+        Returns:
+            What `read` finds the token by, or None.
+        """
         rows = len(tokens)
         size = rows
+        self._holds_rows = False
         if most_layers is None:
             size = next((size for size in self._prompts if size >= rows), rows)
         graphs = self._prompts.get(size)
@@ -120,6 +131,8 @@ class Pipeline:
             assert self._last.final_norm is not None
             self._head.receive(self._last.final_norm.run(rows - 1, 1))
             self._draw(1, greedy=greedy)
+            return self._bring(_PROMPTS_TURN)
+        return None
 
     def decode(
         self,
@@ -128,17 +141,43 @@ class Pipeline:
         slots: Sequence[int],
         *,
         greedy: bool,
-    ) -> None:
-        """One token of each of several requests."""
+    ) -> int:
+        """One token of each of several requests.
+
+        Returns:
+            What `read` finds the tokens by.
+        """
         rows = len(tokens)
         size = next((size for size in self._sizes if size >= rows), rows)
         self._write(tokens, positions, slots, size)
+        self._send()
+        self._step(size, greedy=greedy)
+        self._holds_rows = True
+        return self._bring_in_turn()
+
+    def decode_on(self, rows: int, *, greedy: bool) -> int:
+        """One more token of each request of the last call, which was `decode` or this.
+
+        It is launched while that is computed: what it draws need not come to the host first.
+
+        Args:
+            rows: Of the last call.
+            greedy: As in `decode`.
+
+        Returns:
+            What `read` finds the tokens by.
+        """
+        size = next((size for size in self._sizes if size >= rows), rows)
+        next_inputs(self._head_device.arena["inputs"][:, :size], self._drawn[:size])
+        self._step(size, greedy=greedy)
+        return self._bring_in_turn()
+
+    def _step(self, size: int, *, greedy: bool) -> None:
+        """A decode step of the rows that every device has."""
         step = self._steps.get((size, greedy))
         if step is not None:
             step.replay()
-            self._is_read = True
             return
-        self._send()
         graphs = self._graphs.get(size)
         for number, piece in enumerate(self._pieces(size)):
             if graphs is None:
@@ -152,19 +191,35 @@ class Pipeline:
         else:
             drawing.replay()
 
-    def read(self, rows: int, *, logprobs: bool) -> Drawn:
-        """What the last step drew; waits for it."""
-        if not self._is_read:
-            self._host_drawn.copy_(self._drawn, non_blocking=True)
-        self._is_read = False
+    def _bring_in_turn(self) -> int:
+        self._turn = 1 - self._turn
+        return self._bring(self._turn)
+
+    def _bring(self, turn: int) -> int:
+        """Sends what was drawn to the host."""
+        self._host_drawn[turn].copy_(self._drawn, non_blocking=True)
+        if self._head_device.stream is not None:
+            self._brought[turn].record(self._head_device.stream)
+        return turn
+
+    def read(self, turn: int, rows: int, *, logprobs: bool) -> Drawn:
+        """What a call drew; waits for it.
+
+        Args:
+            turn: What the call returned. Of decode steps at most one was launched after it, of
+                prompts none.
+            rows: Of the call.
+            logprobs: Whether those of the last call are read, too: it was this one.
+        """
         if logprobs:
             self._host_logprobs.copy_(self.sampler.logprobs, non_blocking=True)
             self._host_top_tokens.copy_(self.sampler.top_tokens, non_blocking=True)
             self._host_top_logprobs.copy_(self.sampler.top_logprobs, non_blocking=True)
-        if self._head_device.stream is not None:
-            self._head_device.stream.synchronize()
+            self.wait()
+        elif self._brought:
+            self._brought[turn].synchronize()
         return Drawn(
-            tokens=self._host_drawn[:rows].tolist(),
+            tokens=self._host_drawn[turn, :rows].tolist(),
             logprobs=self._host_logprobs[:rows].tolist() if logprobs else [],
             top_tokens=self._host_top_tokens[:rows].tolist() if logprobs else [],
             top_logprobs=self._host_top_logprobs[:rows].tolist() if logprobs else [],
@@ -174,6 +229,16 @@ class Pipeline:
     def is_recorded(self) -> bool:
         """Whether decode steps are launched as graphs, and computed while the caller goes on."""
         return bool(self._sizes)
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether a decode step is all on one device."""
+        return bool(self._steps)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether `decode_on` computes the step after the last one launched."""
+        return self._holds_rows and self.is_one_graph
 
     def piece_of(self, tokens: int) -> int:
         """How many of a prompt's next tokens are best processed at once."""
@@ -206,7 +271,7 @@ class Pipeline:
             sizes = prompt_sizes(chunk_tokens)
             for rows in sorted({min(rows, chunk_tokens) for rows in (1, 17, 33, 65, *sizes)}):
                 self.prefill([0] * rows, 0, 0, draws=True, greedy=rows > 1, most_layers=most_layers)
-            self._wait()
+            self.wait()
             for rows in () if streamed else sizes:
                 self._prompts[rows] = [
                     _recorded(device, partial(self._run_prompt, device, rows))
@@ -220,7 +285,8 @@ class Pipeline:
                     self._hand_over(device, self._followers[number], rows)
                 for greedy in (True, False):
                     self._draw(rows, greedy=greedy)
-                self._wait()
+                    next_inputs(self._head_device.arena["inputs"][:, :rows], self._drawn[:rows])
+                self.wait()
                 if streamed:
                     continue
                 self._sizes.append(rows)
@@ -237,7 +303,7 @@ class Pipeline:
                         self._head_device, partial(self._draw, rows, greedy=greedy)
                     )
                 self._graphs[rows] = graphs
-            self._wait()
+            self.wait()
 
     def _pieces(self, rows: int) -> list[_Piece]:
         """A decode step of so many rows, up to the normalised hidden states at the head."""
@@ -281,13 +347,11 @@ class Pipeline:
         draw(logits, slots, self._drawn[:rows])
 
     def _whole_step(self, rows: int, *, greedy: bool) -> None:
-        """A decode step on one device, from the host's rows to its drawn tokens."""
+        """A decode step on one device."""
         device = self._head_device
-        device.arena["inputs"].copy_(self._host_inputs, non_blocking=True)
         self._run_device(device, rows)
         self._hand_over(device, None, rows)
         self._draw(rows, greedy=greedy)
-        self._host_drawn.copy_(self._drawn, non_blocking=True)
 
     def _write(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], rows: int
@@ -308,7 +372,8 @@ class Pipeline:
             if device.stream is not None:
                 self._inputs_sent[number].record(device.stream)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until everything is computed."""
         for device in self.devices:
             if device.stream is not None:
                 device.stream.synchronize()

@@ -12,7 +12,7 @@ import torch
 
 from oomproof.engine.native.arena import Arena
 from oomproof.engine.native.kv_pool import KVPool
-from oomproof.engine.native.linears import StepNorm, TiledLinears
+from oomproof.engine.native.linears import Chain, StepNorm, TiledLinears
 from oomproof.engine.native.norm_cuda import add_rms_norm_step, supports_norm
 from oomproof.engine.native.operators import add_rms_norm, attend, rotate_and_store, silu_mul
 from oomproof.engine.native.step import step_attention
@@ -63,6 +63,13 @@ class Layers:
         self._up, self._scratch_before_up = self._split_scratch()
         self._hidden_next = arena["hidden_next"]
         self._step_attention = step_attention(arena, pool, forward)
+        self._chain = Chain(
+            squares=arena["squares"],
+            counters=arena["product_counters"],
+            scratch=self._scratch,
+            eps=forward.rms_norm_eps,
+            multiplier=forward.residual_multiplier,
+        )
 
     def _split_scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(where up waits for its gate, [numbers], what products have beside it)."""
@@ -89,18 +96,55 @@ class Layers:
         normed = self._normed[:rows]
         # The hidden states, and where fused products put the updated ones: they change places.
         states = [self._hidden[:rows], self._hidden_next[:rows]]
-        adds = False
+        # Whether an update waits in `normed`; whether the hidden states' squares are known.
+        adds = known = False
         for index in range(self._first, end):
             weights = self._weights(index)
-            if rows <= MAX_TOKENS and weights.step is not None:
-                self._step(weights, weights.step, index, states, one_request=one_request, adds=adds)
+            step = weights.step if rows <= MAX_TOKENS else None
+            if step is not None and step.chains(rows, self._chain):
+                self._chained(
+                    weights, step, index, states[0], one_request=one_request, adds=adds, known=known
+                )
+                adds, known = False, True
             else:
-                self._parts(weights, index, states[0], one_request=one_request, adds=adds)
+                if step is not None:
+                    self._step(weights, step, index, states, one_request=one_request, adds=adds)
+                else:
+                    self._parts(weights, index, states[0], one_request=one_request, adds=adds)
+                adds, known = True, False
             self._done(index)
-            adds = True
         # The last update is added where the hidden states go: no norm here is the next layer's.
-        multiplier = self._forward.residual_multiplier
-        torch.add(states[0], normed, alpha=multiplier, out=self._hidden[:rows])
+        if adds:
+            multiplier = self._forward.residual_multiplier
+            torch.add(states[0], normed, alpha=multiplier, out=self._hidden[:rows])
+        elif states[0].data_ptr() != self._hidden.data_ptr():
+            self._hidden[:rows].copy_(states[0])
+
+    def _chained(
+        self,
+        weights: LayerWeights,
+        products: StepProducts,
+        index: int,
+        hidden: torch.Tensor,
+        *,
+        one_request: bool,
+        adds: bool,
+        known: bool,
+    ) -> None:
+        """A layer of few tokens, whose products update the hidden states and normalise them."""
+        rows, chain = len(hidden), self._chain
+        normed, attended = self._normed[:rows], self._attended[:rows]
+        qkv, gated = self._qkv[:rows], self._gated[:rows]
+        if known:
+            norm_weight = weights.input_norm
+            products.qkv.chained(hidden, qkv, chain, norm_weight=norm_weight, before_attention=True)
+        else:
+            _norm(normed)(hidden, normed, weights.input_norm, chain.eps, chain.multiplier, adds)
+            products.qkv.chained(normed, qkv, chain, before_attention=True)
+        self._attend(weights, index, rows, one_request=one_request)
+        products.o.chained(attended, hidden, chain, updates=True)
+        products.gate_up.chained(hidden, gated, chain, norm_weight=weights.post_norm, gated=True)
+        products.down.chained(gated, hidden, chain, updates=True)
 
     def _step(
         self,

@@ -15,7 +15,7 @@ from math import gcd
 import torch
 
 from oomproof.engine.native.layout import GATE_UP, QKV, Block, Placed, name_in_layer
-from oomproof.engine.native.linears import Linear, Projection, TiledLinears, fused
+from oomproof.engine.native.linears import Chain, Linear, Projection, TiledLinears, fused
 from oomproof.formats import DType
 from oomproof.loading.targets import Target
 from oomproof.memory.slices import up_rows
@@ -199,6 +199,11 @@ class StepProducts:
     o: TiledLinears
     gate_up: TiledLinears
     down: TiledLinears
+
+    def chains(self, tokens: int, chain: Chain) -> bool:
+        """Whether all of them are computed as parts of a chain."""
+        products = (self.qkv, self.o, self.gate_up, self.down)
+        return all(product.chains(tokens, chain) for product in products)
 
 
 class LayerWeights:

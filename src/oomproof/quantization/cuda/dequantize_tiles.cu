@@ -63,7 +63,7 @@ struct Fetched {
 #endif
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
 dequantize_tiles(const __grid_constant__ DequantizeParams p) {
   __shared__ float book[16 * 32];
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -103,11 +103,11 @@ dequantize_tiles(const __grid_constant__ DequantizeParams p) {
   wait_for_previous_kernel();
   const char* const own = (const char*)(book + lane);
   for (int unit = first_unit; unit < p.units; unit += gridDim.x * WARPS) {
-    const Fetched f = next;
-    if (unit + gridDim.x * WARPS < p.units) fetch(next, unit + gridDim.x * WARPS);
+    if (unit != first_unit) fetch(next, unit);
+    const Fetched& f = next;
     const int tile = tile_of(unit), block = (unit - tile * p.steps) * STEP;
     const int count = min(STEP, p.blocks - block), row = tile * 16 + g;
-    uint16* const out = p.out + ((size_t)row * p.blocks + block) * 64 + t * 16;
+    uint16* const out = p.out + ((size_t)row * p.blocks + block) * 64 + (t & 2) * 16 + (t & 1) * 8;
     #pragma unroll
     for (int b = 0; b < STEP; b++) {
       if (b >= count) break;
@@ -135,9 +135,19 @@ dequantize_tiles(const __grid_constant__ DequantizeParams p) {
                                        *(const float*)(own + (second & 0x780u)) * scale);
           }
         }
+        // Lanes beside each other write a sector of 32 bytes together: first the even one's, then the other's.
+        const bool odd = t & 1;
+        uint4 mine[2] = {make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]),
+                         make_uint4(pairs[4], pairs[5], pairs[6], pairs[7])};
+        const uint4 give = odd ? mine[0] : mine[1];
+        uint4 got;
+        got.x = __shfl_xor_sync(0xffffffffu, give.x, 1);
+        got.y = __shfl_xor_sync(0xffffffffu, give.y, 1);
+        got.z = __shfl_xor_sync(0xffffffffu, give.z, 1);
+        got.w = __shfl_xor_sync(0xffffffffu, give.w, 1);
         uint4* const to = (uint4*)(out + (size_t)half * 8 * p.blocks * 64 + b * 64);
-        to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+        to[0] = odd ? got : mine[0];
+        to[2] = odd ? mine[1] : got;
       }
     }
   }

@@ -27,6 +27,8 @@ struct Params {
   uint16* hidden_out;          // their sum, somewhere else than hidden
   uint16* out;                 // [tokens, rows]
   float* partials;             // [splits, tokens, rows of the stream], where columns are split
+  uint32* counters;            // of blocks that are done with a split, 0 between launches; or null
+  float* squares;              // of hidden states, summed: [64 columns each, tokens of the kernel]
   Segment segments[3];
   int num_segments;
   int tokens;

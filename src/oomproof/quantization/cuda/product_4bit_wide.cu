@@ -1,4 +1,4 @@
-// Products of 9 to 64 tokens with 4-bit weights on Hopper: out [tokens, rows] = x [tokens, columns] · Wᵀ.
+// Products of 5 to 64 tokens with 4-bit weights on Hopper: out [tokens, rows] = x [tokens, columns] · Wᵀ.
 //
 // As product_4bit.cu: lanes hold fragments of the left side in the order of mma.m16n8k16, and a byte
 // (two codes) indexes a table of value pairs in shared memory. Here four warps multiply 64 rows at
@@ -13,13 +13,21 @@
 // The work is a grid of units (4 tiles, 64 rows) × splits of the columns, small enough that x of a
 // split fits into shared memory beside the table. A block of threads has a range of units and one
 // split; its warpgroups share the steps (64 rows × 256 columns) of them evenly. Sums of a unit whose
-// steps several warpgroups have meet in shared memory. They go to `partials`, and finish_4bit adds up
-// the splits, even where there is one. All is added in one order: results repeat bit for bit.
+// steps several warpgroups have meet in shared memory. They go to `partials`, as lanes have them. Blocks
+// with the same units count who is done, wait for each other and add up their splits, each a share of
+// the results: all blocks run at once, for the grid is not larger than the GPU, and the next kernel does
+// not begin before the last of them has. Without counters finish_4bit_wide adds up. All is added in one
+// order: results repeat bit for bit.
+//
+// A result can be an update of the hidden states: with `hidden_out` it is added to `hidden` there, and
+// the squares of the sums go to `squares`. What is multiplied next are these states, normalised, and no
+// kernel between does that: with `norm_weight` x are hidden states, and `squares` says their scales.
 //
 // Params are those of product_4bit.cu, with other meanings: `steps` are of 256 columns, and
-// `units_per_block` are of 64 rows. The grid is blocks · splits wide, splits first.
+// `units_per_block` are of 64 rows; `partials` are [units, splits, 64 · TOKENS]. The grid is
+// blocks · splits wide, splits first.
 //
-// Macros: TOKENS 16, 32, 64; INPUT, SCALES as in product_4bit.cuh; WARPGROUPS of a block; DEPTH
+// Macros: TOKENS 8, 16, 32, 64; INPUT, SCALES as in product_4bit.cuh; WARPGROUPS of a block; DEPTH
 // steps that are fetched ahead.
 
 #include "product_4bit.cuh"
@@ -76,10 +84,14 @@ __device__ __forceinline__ void refill(uint4& v, const void* address, bool some)
   "{.reg .pred p; setp.ne.b32 p, %" keep ", 0; wgmma.mma_async.sync.aligned.m64n" tokens           \
   WGMMA_TYPES "{" sums "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" b ", p, 1, 1, 0;}"
 #define FOUR(c, n) "+f"(c[4 * n]), "+f"(c[4 * n + 1]), "+f"(c[4 * n + 2]), "+f"(c[4 * n + 3])
-#define SUMS_16 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define SUMS_8 "%0,%1,%2,%3"
+#define SUMS_16 SUMS_8 ",%4,%5,%6,%7"
 #define SUMS_32 SUMS_16 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define SUMS_64 SUMS_32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#if TOKENS == 16
+#if TOKENS == 8
+#define ALL_SUMS(c) FOUR(c, 0)
+#define MULTIPLY WGMMA("8", SUMS_8, "4", "5", "6", "7", "8", "9")
+#elif TOKENS == 16
 #define ALL_SUMS(c) FOUR(c, 0), FOUR(c, 1)
 #define MULTIPLY WGMMA("16", SUMS_16, "8", "9", "10", "11", "12", "13")
 #elif TOKENS == 32
@@ -104,13 +116,15 @@ __device__ __forceinline__ void before_multiplying() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// They begin; nothing that they read or write is touched until they are waited for.
+// They begin, as a group; nothing that they read or write is touched until it is waited for.
 __device__ __forceinline__ void multiplies() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
+// Until no more than so many groups are in flight.
+template <int in_flight>
 __device__ __forceinline__ void wait_for(float (&c)[SUMS]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(in_flight) : "memory");
   // Not before: where the compiler copied a sum in front of the wait, it would wait for each product.
   asm volatile("" : ALL_SUMS(c)::"memory");
 }
@@ -123,6 +137,103 @@ __device__ __forceinline__ uint64 x_of(uint32 place) {
   uint64 descriptor;
   asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(place), "r"(SWIZZLE_128 | EIGHT_ROWS));
   return descriptor;
+}
+
+// -- Sums of the splits --------------------------------------------------------------------------
+
+// A lane's quad of a unit's sums over all splits, added up in order. They are asked for eight at a time.
+__device__ __forceinline__ void add_splits(const Params& p, const float4* place, float (&total)[4]) {
+  constexpr int AHEAD = 8;
+  #pragma unroll 1
+  for (int first = 0; first < p.splits; first += AHEAD, place += AHEAD * (UNIT_FLOATS / 4)) {
+    float4 more[AHEAD];
+    #pragma unroll
+    for (int s = 0; s < AHEAD; s++)
+      more[s] = first + s < p.splits ? __ldcg(place + s * (UNIT_FLOATS / 4)) : make_float4(0, 0, 0, 0);
+    #pragma unroll
+    for (int s = 0; s < AHEAD; s++) {
+      total[0] += more[s].x; total[1] += more[s].y; total[2] += more[s].z; total[3] += more[s].w;
+    }
+  }
+}
+
+// Where that of a tile of a unit is, of eight tokens.
+__device__ __forceinline__ const float4* sums_of(const Params& p, int unit, int tile, int n, int lane) {
+  return (const float4*)p.partials + (size_t)unit * p.splits * (UNIT_FLOATS / 4) + (tile * EIGHTS + n) * 32 + lane;
+}
+
+// Adds up the splits of units and writes what they are: every `stride`-th quad from `first` on.
+__device__ __forceinline__ void finish(const Params& p, int unit_begin, int units, int first, int stride) {
+  const bool paired = p.tile_unit == 2;
+  const int tiles = paired ? 2 : 4;                       // of a unit, or pairs of them
+  #pragma unroll 1
+  for (int item = first; item < units * tiles * EIGHTS * 32; item += stride) {
+    const int lane = item & 31, n = (item >> 5) % EIGHTS, part = (item >> 5) / EIGHTS;
+    const int unit = unit_begin + (paired ? part >> 1 : part >> 2);
+    const int of_unit = paired ? (part & 1) * 2 : part & 3, tile = unit * 4 + of_unit;
+    if (tile >= p.tiles) continue;
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f}, up[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    add_splits(p, sums_of(p, unit, of_unit, n, lane), total);
+    if (paired) add_splits(p, sums_of(p, unit, of_unit + 1, n, lane), up);
+    int segment = 0;
+    while (!paired && segment + 1 < p.num_segments && tile >= p.segments[segment + 1].first_tile) segment++;
+    const int before = paired ? tile * 8 : (tile - p.segments[segment].first_tile) * 16;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int row = (lane >> 2) + 8 * (k >> 1), token = n * 8 + 2 * (lane & 3) + (k & 1);
+      if (token < p.tokens)
+        write(p, p.out + (size_t)token * p.out_stride, tile, row, segment, before + row,
+              total[k] * p.level_scale, up[k] * p.level_scale);
+    }
+  }
+}
+
+// As `finish`, for an update of the hidden states, by the blocks of the same units: a warpgroup takes a
+// unit and eight tokens, a warp one of its tiles. `sums` is shared memory: 128 bytes for each of the
+// block's.
+__device__ __forceinline__ void finish_update(const Params& p, int unit_begin, int units, int split, float* sums) {
+  const int thread = threadIdx.x, lane = thread & 31, of_unit = thread >> 5 & 3, group = thread >> 7;
+  const int all = units * EIGHTS, own = split < all ? (all - split + p.splits - 1) / p.splits : 0;
+  #pragma unroll 1
+  for (int turn = group; turn < own; turn += WARPGROUPS) {
+    const int item = split + turn * p.splits, n = item % EIGHTS, unit = unit_begin + item / EIGHTS;
+    const int token = n * 8 + 2 * (lane & 3), row = unit * 64 + of_unit * 16 + (lane >> 2);
+    const bool real = unit * 4 + of_unit < p.tiles;
+    auto at = [&](int k) { return (size_t)(token + (k & 1)) * p.out_stride + row + 8 * (k >> 1); };
+    auto some = [&](int k) { return real && token + (k & 1) < p.tokens; };
+    uint16 before[4];
+    #pragma unroll
+    for (int k = 0; k < 4; k++) before[k] = some(k) ? __ldcg(p.hidden + at(k)) : 0;
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f}, squares[2] = {0.0f, 0.0f};
+    add_splits(p, sums_of(p, unit, of_unit, n, lane), total);
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+      if (!some(k)) continue;
+      const float update = finished(p, 0, row + 8 * (k >> 1), total[k] * p.level_scale);
+      const uint16 state = (uint16)pack(number(before[k]) + update * p.multiplier, 0.0f);
+      p.hidden_out[at(k)] = state;
+      squares[k & 1] += number(state) * number(state);
+    }
+    #pragma unroll
+    for (int distance = 4; distance < 32; distance <<= 1) {
+      squares[0] += __shfl_xor_sync(0xffffffffu, squares[0], distance);
+      squares[1] += __shfl_xor_sync(0xffffffffu, squares[1], distance);
+    }
+    if (lane < 4) *(float2*)(sums + (turn * 4 + of_unit) * 8 + 2 * lane) = make_float2(squares[0], squares[1]);
+  }
+  __syncthreads();
+  for (int i = thread; i < own * 8; i += THREADS) {
+    const float* const of = sums + (i >> 3) * 32 + (i & 7);
+    const int item = split + (i >> 3) * p.splits;
+    p.squares[(unit_begin + item / EIGHTS) * TOKENS + item % EIGHTS * 8 + (i & 7)] = of[0] + of[8] + of[16] + of[24];
+  }
+}
+
+// Of launches without counters.
+extern "C" __global__ void __launch_bounds__(256) finish_4bit_wide(const __grid_constant__ Params p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  finish(p, 0, (p.tiles + 3) / 4, blockIdx.x * 256 + threadIdx.x, gridDim.x * 256);
 }
 
 struct Fetched {
@@ -157,6 +268,14 @@ product_4bit_wide(const __grid_constant__ Params p) {
   uint8* const x_rows = table + TABLE_BYTES;
   // What a warpgroup adds to a unit that another has begun.
   float* const added = (float*)(x_rows + p.steps * STEP * X_BLOCK_BYTES);
+
+  // The norm's weights, of the split's columns.
+  uint4* const norm_weight = (uint4*)(added + (WARPGROUPS - 1) * UNIT_FLOATS);
+  const bool normed = p.norm_weight != nullptr;
+  if (normed)
+    #pragma unroll 1
+    for (int i = thread; i < split_blocks * 8; i += THREADS)
+      norm_weight[i] = __ldg((const uint4*)(p.norm_weight + first_block * 64) + i);
 
   // Which linear of the set a tile belongs to.
   auto segment_of = [&](int tile) {
@@ -261,9 +380,8 @@ product_4bit_wide(const __grid_constant__ Params p) {
   // word of four neighbouring chunks of x as it is stored.
   constexpr int ITEMS = TOKENS == 64 || WARPGROUPS == 4 ? 2 : 4;  // on their way at a time
   const int items = steps * STEP * TOKENS * 2, real_items = split_blocks * TOKENS * 2;
-  #pragma unroll 1
-  for (int base = thread; base - thread < items; base += THREADS * ITEMS) {
-    uint4 v[ITEMS][4];
+  uint4 v[ITEMS][4];
+  auto ask = [&](int base) {
     #pragma unroll
     for (int k = 0; k < ITEMS; k++) {
       const int item = base + k * THREADS;
@@ -276,11 +394,56 @@ product_4bit_wide(const __grid_constant__ Params p) {
         if (item < real_items && token < p.tokens) v[k][i] = fresh16(source + i * 16);
       }
     }
+  };
+  ask(thread);
+  // Scales of the tokens' norms: sums of squares by the columns that a thread asks for, then of all.
+  float* const norms = added + THREADS;
+  if (normed) {
+    static_assert(THREADS % TOKENS == 0 && THREADS + TOKENS <= (WARPGROUPS - 1) * UNIT_FLOATS);
+    constexpr int TURNS = THREADS / TOKENS, PARTS = TOKENS == 64 ? 16 : 6;  // asked for at once
+    const int parts = (p.columns + 63) / 64;
+    float sum = 0.0f;
+    #pragma unroll 1
+    for (int first = thread / TOKENS; first < parts; first += TURNS * PARTS) {
+      float more[PARTS];
+      #pragma unroll
+      for (int k = 0; k < PARTS; k++) {
+        const int part = first + k * TURNS;
+        more[k] = part < parts ? __ldcg(p.squares + part * TOKENS + thread % TOKENS) : 0.0f;
+      }
+      #pragma unroll
+      for (int k = 0; k < PARTS; k++) sum += more[k];
+    }
+    added[thread] = sum;
+    __syncthreads();
+    if (thread < TOKENS) {
+      sum = 0.0f;
+      #pragma unroll
+      for (int other = 0; other < TURNS; other++) sum += added[other * TOKENS + thread];
+      norms[thread] = rsqrtf(__fdividef(sum, (float)p.columns) + p.eps);
+    }
+    __syncthreads();
+  }
+  #pragma unroll 1
+  for (int base = thread;;) {
     #pragma unroll
     for (int k = 0; k < ITEMS; k++) {
       const int item = base + k * THREADS;
       if (item >= items) break;
       const int half = item & 1, token = (item >> 1) % TOKENS, block = (item >> 1) / TOKENS;
+      if (normed && item < real_items) {
+        const uint4* const weights = norm_weight + block * 8 + half;
+        const float scale = norms[token];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const uint4 w = weights[i * 2];
+          auto by = [&](uint32 states, uint32 weight) {
+            const uint32 scaled = pack(low(states) * scale, high(states) * scale);
+            return pack(low(scaled) * low(weight), high(scaled) * high(weight));
+          };
+          v[k][i] = make_uint4(by(v[k][i].x, w.x), by(v[k][i].y, w.y), by(v[k][i].z, w.z), by(v[k][i].w, w.w));
+        }
+      }
       uint8* const row = x_rows + block * X_BLOCK_BYTES + token * 128;
       #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -289,15 +452,20 @@ product_4bit_wide(const __grid_constant__ Params p) {
             make_uint4(word(v[k][0]), word(v[k][1]), word(v[k][2]), word(v[k][3]));
       }
     }
+    base += THREADS * ITEMS;
+    if (base - thread >= items) break;
+    ask(base);
   }
   // The tensor cores read shared memory past the path that it was written through.
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
 
   // ---- the stream --------------------------------------------------------------------------------
-  float acc[SUMS], c[SUMS];
+  // With more tokens the sums of a block are scaled while the tensor cores have the next one.
+  constexpr int SETS = TOKENS >= 32 ? 2 : 1;
+  float acc[SUMS], c[SETS][SUMS];
   #pragma unroll
-  for (int k = 0; k < SUMS; k++) acc[k] = c[k] = 0.0f;
+  for (int k = 0; k < SUMS; k++) acc[k] = c[0][k] = c[SETS - 1][k] = 0.0f;
   int unit = begin / steps, step = begin - unit * steps;
   bool begun = step == 0;                                 // whether this warpgroup has the unit's first step
   uint32 lane4;  // opaque, so that no lookup moves in front of the barrier
@@ -348,17 +516,12 @@ product_4bit_wide(const __grid_constant__ Params p) {
   };
   // A unit's sums over this split.
   auto emit = [&](int unit) {
-    const int thread = thread_again(), first = 2 * (thread & 3);
-    const int tile = (unit_begin + unit) * 4 + (thread >> 5 & 3);
-    if (tile >= p.tiles) return;
-    const int width = p.tiles * 16;
-    float* const place =
-        p.partials + ((size_t)split * p.tokens + first) * width + tile * 16 + (thread >> 2 & 7);
+    store(p.partials + ((size_t)(unit_begin + unit) * p.splits + split) * UNIT_FLOATS);
+  };
+
+  auto take = [&](const float (&sums)[SUMS], float upper, float lower) {
     #pragma unroll
-    for (int k = 0; k < SUMS; k++) {
-      const int token = (k >> 2) * 8 + (k & 1);
-      if (first + token < p.tokens) place[(size_t)token * width + 8 * (k >> 1 & 1)] = acc[k] * p.level_scale;
-    }
+    for (int k = 0; k < SUMS; k++) acc[k] = fmaf(sums[k], k >> 1 & 1 ? lower : upper, acc[k]);
   };
 
   decode(pairs[0], fetched[0].codes[0]);
@@ -376,11 +539,15 @@ product_4bit_wide(const __grid_constant__ Params p) {
       for (int b = 0; b < STEP; b++) {
         before_multiplying();
         const uint64 x = x_of(x_place) + b * (X_BLOCK_BYTES >> 4);
-        multiply<0>(c, pairs[b & 1][0], x);
-        multiply<1>(c, pairs[b & 1][1], x + 2);
-        multiply<1>(c, pairs[b & 1][2], x + 4);
-        multiply<1>(c, pairs[b & 1][3], x + 6);
+        multiply<0>(c[b % SETS], pairs[b & 1][0], x);
+        multiply<1>(c[b % SETS], pairs[b & 1][1], x + 2);
+        multiply<1>(c[b % SETS], pairs[b & 1][2], x + 4);
+        multiply<1>(c[b % SETS], pairs[b & 1][3], x + 6);
         multiplies();
+        if (SETS == 2 && b > 0) {
+          wait_for<1>(c[(b - 1) % SETS]);
+          take(c[(b - 1) % SETS], scale[0][b - 1], scale[1][b - 1]);
+        }
         // While the tensor cores multiply: the next block.
         if (b + 1 < STEP) {
           decode(pairs[(b + 1) & 1], f.codes[b + 1]);
@@ -396,9 +563,10 @@ product_4bit_wide(const __grid_constant__ Params p) {
           advance();
           refill(next.codes[0], codes, left > 0);
         }
-        wait_for(c);
-        #pragma unroll
-        for (int k = 0; k < SUMS; k++) acc[k] = fmaf(c[k], scale[(k >> 1) & 1][b], acc[k]);
+        if (SETS == 1 || b == STEP - 1) {
+          wait_for<0>(c[b % SETS]);
+          take(c[b % SETS], scale[0][b], scale[1][b]);
+        }
       }
       if (++step == steps) {
         if (begun) emit(unit);
@@ -432,4 +600,24 @@ product_4bit_wide(const __grid_constant__ Params p) {
     }
     emit(unit);
   }
+
+  // ---- the splits --------------------------------------------------------------------------------
+  if (p.counters == nullptr) return;
+  // Each unit range has a counter of blocks that have written their sums, and then of those that have
+  // seen it full: the last one makes it 0 again.
+  uint32* const counter = p.counters + row_block;
+  __syncthreads();
+  if (p.splits > 1) {
+    if (thread_again() == 0) {
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      atomicAdd(counter, 1);
+      uint32 seen;
+      do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+      while (seen < p.splits);
+    }
+    __syncthreads();
+  }
+  if (p.hidden_out != nullptr) finish_update(p, unit_begin, units, split, (float*)x_rows);
+  else finish(p, unit_begin, units, split * THREADS + thread_again(), THREADS * p.splits);
+  if (p.splits > 1 && thread_again() == 0 && atomicAdd(counter, 1) == 2 * p.splits - 1) *counter = 0;
 }
