@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from oomproof.quantization import products_tiled
+from oomproof.quantization.gpus import gpu_of, limits_of
 from oomproof.quantization.handlers import handler
 from oomproof.quantization.product_4bit import INPUTS, PRODUCT_4BIT, SCALES, warps_choices
 from oomproof.quantization.product_params import NormedInput, product_key
@@ -330,11 +331,11 @@ def test_every_candidate_computes_the_same_product_and_the_kept_one_is_used(
     device = torch.device("cuda", 0)
     in_turn, normed = kind == "gate", kind == "norm" and tokens <= products_tiled.MOST_NORMED
     weights = weights_of(format_name, (112, 4096), in_turn=in_turn, device="cuda")
-    scales, gpu = weights.scales.dtype, products_tiled.gpu_of(device)
+    scales, gpu = weights.scales.dtype, gpu_of(device)
     products_tiled.prepare(torch.bfloat16, scales, device, every=True)
     if tokens > TEMPLATES[-1] and not is_wide(tokens, gpu):
         pytest.skip("this GPU multiplies so many tokens in pieces")
-    processors, shared_limit = products_tiled.limits_of(device)
+    processors, shared_limit = limits_of(device)
     key = product_key(used_template(tokens, gpu), weights, processors, normed=normed)
     shapes: Sequence[Shape]
     if is_wide(tokens, gpu):
@@ -374,9 +375,9 @@ def test_every_candidate_computes_the_same_product_and_the_kept_one_is_used(
 def test_what_tuning_chose_is_compiled_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     weights = weights_of("nf4-dq", (48, 640), device="cuda")
-    processors, _ = products_tiled.limits_of(device)
+    processors, _ = limits_of(device)
     key = product_key(1, weights, processors, normed=False)
-    keep(key, warps=8, splits=2, gpu=products_tiled.gpu_of(device))
+    keep(key, warps=8, splits=2, gpu=gpu_of(device))
     products_tiled.prepare(torch.bfloat16, torch.uint8, device)
 
     def refuse(*_arguments: object) -> None:

@@ -91,7 +91,7 @@ def compare_next_inputs(device: torch.device) -> None:
         inputs = torch.arange(3 * (rows + 5), dtype=torch.int32).view(3, rows + 5)
         inputs[2, rows // 2 : rows] = -1
         drawn = torch.arange(rows) + 100_000
-        found = inputs.to(device)
+        found = inputs.clone().to(device)
         operators.next_inputs(inputs[:, :rows], drawn)
         _kernels().next_inputs(found[:, :rows], drawn.to(device))
         assert torch.equal(found.cpu(), inputs)

@@ -228,8 +228,8 @@ def test_steps_that_are_launched_ahead_answer_alike(monkeypatch: pytest.MonkeyPa
                     sampling = GREEDY if luck < 0.5 else SamplingOptions(seed=n, top_k=20)
                     # Some end with a token that nobody knew of when the next step was launched.
                     stops = frozenset(range(0, 2048, 7)) if n % 3 == 0 else frozenset()
-                    one = request(str(n), range(5, 5 + length), new_tokens, sampling)
-                    engine.submit(replace(one, stop_tokens=stops))
+                    asked = request(str(n), range(5, 5 + length), new_tokens, sampling)
+                    engine.submit(replace(asked, stop_tokens=stops))
                 if luck > 0.8 and turn == begin + 6:
                     engine.cancel(str(n))
             for event in engine.step():
