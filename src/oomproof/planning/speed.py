@@ -62,7 +62,7 @@ class Calibration:
     """Share of the FLOP/s at which each further request's products add to a decode step; None where
     the weights' bytes hide them."""
     wide_flops_efficiency: float | None = None
-    """The same for requests beyond the eighth on Hopper, whose kernel for many multiplies them."""
+    """The same for requests beyond the fourth on Hopper, whose kernel for many multiplies them."""
     added_chunk_s: float = 0.0
     """What a layer of a prompt's chunk costs besides its products' arithmetic."""
 
@@ -118,7 +118,7 @@ for _kind, _bandwidth, _flops, _batch, _chunk_s, _attention in (
     ("16-bit", 0.87, 0.73, 1.0, 0.085e-3, 0.71),
     ("8-bit", 0.65, 0.62, 1.25, 0.155e-3, 0.93),
     ("fp8", 0.50, 1.07, 1.33, 0.23e-3, 0.94),
-    ("4-bit", 0.80, 0.61, 1.0, 0.16e-3, 0.91),
+    ("4-bit", 0.80, 0.66, 1.0, 0.156e-3, 0.88),
 ):
     CALIBRATIONS["native", _kind] = Calibration(
         bandwidth_efficiency=_bandwidth,
@@ -143,7 +143,7 @@ HOP_S = 30e-6
 """Hidden states of one token from one device to the next: a copy of some KiB and its launch."""
 
 _HOPPER = (9, 0)
-_NARROW_REQUESTS = 8
+_NARROW_REQUESTS = 4
 """Of a decode step on Hopper, that the kernel for few tokens multiplies."""
 HOST_LINK_EFFICIENCY = 0.87
 """Share of PCI Express' rate that pinned copies reach: 55 of 63 GB/s on an H200, 2026-11."""
