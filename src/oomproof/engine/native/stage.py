@@ -16,6 +16,7 @@ from oomproof.engine.native.linears import Chain, StepNorm, TiledLinears
 from oomproof.engine.native.norm_cuda import add_rms_norm_step, supports_norm
 from oomproof.engine.native.operators import add_rms_norm, attend, rotate_and_store, silu_mul
 from oomproof.engine.native.step import step_attention
+from oomproof.engine.native.waiting import may_wait
 from oomproof.engine.native.weights import LayerWeights, StepProducts
 from oomproof.memory.native import up_bytes
 from oomproof.models.forward import ForwardSpec
@@ -63,12 +64,17 @@ class Layers:
         self._up, self._scratch_before_up = self._split_scratch()
         self._hidden_next = arena["hidden_next"]
         self._step_attention = step_attention(arena, pool, forward)
-        self._chain = Chain(
-            squares=arena["squares"],
-            counters=arena["product_counters"],
-            scratch=self._scratch,
-            eps=forward.rms_norm_eps,
-            multiplier=forward.residual_multiplier,
+        # None where products have to be computed one by one.
+        self._chain = (
+            None
+            if not may_wait(arena.memory.device, self)
+            else Chain(
+                squares=arena["squares"],
+                counters=arena["product_counters"],
+                scratch=self._scratch,
+                eps=forward.rms_norm_eps,
+                multiplier=forward.residual_multiplier,
+            )
         )
 
     def _split_scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +107,17 @@ class Layers:
         for index in range(self._first, end):
             weights = self._weights(index)
             step = weights.step if rows <= MAX_TOKENS else None
-            if step is not None and step.chains(rows, self._chain):
+            chain = self._chain
+            if step is not None and chain is not None and step.chains(rows, chain):
                 self._chained(
-                    weights, step, index, states[0], one_request=one_request, adds=adds, known=known
+                    weights,
+                    step,
+                    index,
+                    states[0],
+                    chain,
+                    one_request=one_request,
+                    adds=adds,
+                    known=known,
                 )
                 adds, known = False, True
             else:
@@ -126,13 +140,14 @@ class Layers:
         products: StepProducts,
         index: int,
         hidden: torch.Tensor,
+        chain: Chain,
         *,
         one_request: bool,
         adds: bool,
         known: bool,
     ) -> None:
         """A layer of few tokens, whose products update the hidden states and normalise them."""
-        rows, chain = len(hidden), self._chain
+        rows = len(hidden)
         normed, attended = self._normed[:rows], self._attended[:rows]
         qkv, gated = self._qkv[:rows], self._gated[:rows]
         if known:
