@@ -23,11 +23,11 @@ import torch
 
 from oomproof.engine.messages import Request, SamplingOptions
 from oomproof.engine.protocol import Engine
-from oomproof.guard.monitor import MonitoredEngine
-from oomproof.guard.sampler import INTERVAL_S, REST_PER_WORK, Sampler
-from oomproof.guard.status_files import StatusFile
 from oomproof.hardware.probe import probe
 from oomproof.models.resolve import resolve
+from oomproof.monitoring.monitor import MonitoredEngine
+from oomproof.monitoring.sampler import INTERVAL_S, REST_PER_WORK, Sampler
+from oomproof.monitoring.status_files import StatusFile
 from oomproof.session import plan as make_plan
 from oomproof.starting import Contract, rehearsable
 

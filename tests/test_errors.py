@@ -42,7 +42,8 @@ def test_the_tree_at_the_top_of_the_file_is_the_tree() -> None:
 
 def test_only_a_plan_that_does_not_fit_exits_with_3() -> None:
     assert {error.__name__: error.exit_code for error in ALL if error.exit_code != 1} == {
-        "PlanDoesNotFitError": 3
+        "PlanDoesNotFitError": 3,
+        "LadderExhaustedError": 3,
     }
 
 

@@ -28,6 +28,12 @@ def test_exports_are_sorted_and_each_of_them_exists() -> None:
         _ = oomproof.nothing
 
 
+def test_no_exported_name_is_a_modules_that_would_take_its_place() -> None:
+    folder = Path(oomproof.__file__).parent
+    modules = {path.stem for path in folder.iterdir()}
+    assert not modules & {name for name in oomproof.__all__ if name != "__version__"}
+
+
 def test_planning_a_known_model_imports_nothing_heavy() -> None:
     script = (
         "import sys, oomproof; plan = oomproof.plan('llama-3.1-405b', gpus='4xA100-80GB'); "

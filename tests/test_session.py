@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import oomproof
-from oomproof import session
+from oomproof import agreement
 from oomproof.errors import (
     CheckpointError,
     HardwareError,
@@ -177,13 +177,13 @@ def test_without_the_run_extra_loading_names_the_install_line(
     load: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert callable(load)
-    monkeypatch.setattr(session, "find_spec", lambda name: None if name == "jinja2" else object())
+    monkeypatch.setattr(agreement, "find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(MissingDependencyError, match=r"jinja2 .*pip install 'oomproof\[run\]'"):
         load("tiny")
 
 
 def test_planning_does_not_ask_for_the_run_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "find_spec", lambda _name: None)
+    monkeypatch.setattr(agreement, "find_spec", lambda _name: None)
     assert oomproof.plan("tiny").fits
 
 

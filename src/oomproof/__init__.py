@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from oomproof.engine.model import Model, Stream
     from oomproof.errors import OomproofError
+    from oomproof.guarding.retry import executable_batch_size, guard
     from oomproof.planning.plan import Plan
     from oomproof.session import from_pretrained, hand_off, load, plan, rehearse
 
@@ -27,7 +28,9 @@ __all__ = [
     "OomproofError",
     "Plan",
     "Stream",
+    "executable_batch_size",
     "from_pretrained",
+    "guard",
     "hand_off",
     "load",
     "plan",
@@ -39,7 +42,9 @@ _HOMES = {
     "OomproofError": "oomproof.errors",
     "Plan": "oomproof.planning.plan",
     "Stream": "oomproof.engine.model",
+    "executable_batch_size": "oomproof.guarding.retry",
     "from_pretrained": "oomproof.session",
+    "guard": "oomproof.guarding.retry",
     "hand_off": "oomproof.session",
     "load": "oomproof.session",
     "plan": "oomproof.session",

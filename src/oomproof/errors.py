@@ -10,6 +10,8 @@ OomproofError                   exit code 1
 ├── MissingDependencyError      a package of the [run] extra is absent (carries the install line)
 ├── NotRunnableError            the plan fits, but no engine here can run it
 ├── PlanDoesNotFitError         exit code 3: the plan needs more memory than there is
+│   └── LadderExhaustedError    memory ran out, and no allowed rung of the ladder helps
+├── EngineFaultError            a device failed for this process; every running request ended
 ├── KernelCompileError          NVRTC refuses one of our CUDA sources (carries its log)
 ├── CudaError                   the CUDA driver refuses a call (carries its name of the error)
 └── LoadError                   loading did not produce what the plan promised
@@ -129,6 +131,56 @@ class PlanDoesNotFitError(OomproofError):
 
     def __init__(self, message: str, *, shortfall_bytes: int, remedy: str | None = None) -> None:
         self.shortfall_bytes = shortfall_bytes
+        super().__init__(message, remedy=remedy)
+
+
+class LadderExhaustedError(PlanDoesNotFitError):
+    """Memory ran out, and no rung of the ladder that is allowed helps.
+
+    Args:
+        message: What failed.
+        fault: The failure, an `oomproof.faults.fault.Fault`.
+        tried: One line a rung: its name, and what came of it.
+        shortfall_bytes: What was missing, 0 where nothing says.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fault: Any,
+        tried: tuple[str, ...],
+        shortfall_bytes: int = 0,
+        remedy: str | None = None,
+    ) -> None:
+        self.fault = fault
+        self.tried = tried
+        super().__init__(
+            f"{message}; tried: {'; '.join(tried) or 'nothing'}",
+            shortfall_bytes=shortfall_bytes,
+            remedy=remedy,
+        )
+
+
+class EngineFaultError(OomproofError):
+    """A device failed for good, for this process or for all; every running request has ended.
+
+    Args:
+        message: What failed.
+        fault: The failure, an `oomproof.faults.fault.Fault`.
+        request_ids: The requests that ended without their answer.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fault: Any,
+        request_ids: tuple[str, ...] = (),
+        remedy: str | None = None,
+    ) -> None:
+        self.fault = fault
+        self.request_ids = request_ids
         super().__init__(message, remedy=remedy)
 
 

@@ -52,10 +52,25 @@ def start_engine(
         LoadError: The checkpoint does not give what the plan promises.
         PlanDoesNotFitError: A device has less free memory now than the plan needs.
     """
-    from oomproof.loading.devices import prepare_devices
+    from oomproof.loading.devices import prepare_devices, release_devices
 
+    prepare_devices(contract.plan, contract.hardware)
+    try:
+        return _start(contract, folder, progress, on_reading, trust_remote_code=trust_remote_code)
+    except BaseException:
+        release_devices(contract.plan)
+        raise
+
+
+def _start(
+    contract: Contract,
+    folder: Path,
+    progress: Loaded | None,
+    on_reading: Callable[[], None] | None,
+    *,
+    trust_remote_code: bool,
+) -> Engine:
     plan, spec, hardware = contract.plan, contract.spec, contract.hardware
-    prepare_devices(plan, hardware)
     if plan.engine == "native":
         from oomproof.engine.native.load import load_engine
 

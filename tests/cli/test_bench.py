@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from oomproof import session
+from oomproof import agreement, measuring, session
 from oomproof.cli.options import MAX_REQUESTS
 from oomproof.engine.tune import DeviceTuning, TuningReport
 from oomproof.errors import MissingDependencyError
@@ -39,8 +39,8 @@ def runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: object, **_options: object) -> None:
         raise AssertionError("something was started")
 
-    monkeypatch.setattr(session, "start_engine", fail)
-    monkeypatch.setattr(session, "rehearsable", fail)
+    monkeypatch.setattr("oomproof.starting.start_engine", fail)
+    monkeypatch.setattr(measuring, "rehearsable", fail)
     monkeypatch.setattr("oomproof.engine.bench.measure_limits", fail)
 
 
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_exit_code_3() -> None:
 
 
 def test_without_the_run_extra_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr(agreement, "find_spec", lambda name: None if name == "torch" else object())
     assert "pip install 'oomproof[run]'" in invoke("bench", "tiny").error
     with pytest.raises(MissingDependencyError, match="torch is not installed"):
         session.bench("tiny")

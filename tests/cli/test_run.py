@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from oomproof import session
+from oomproof import agreement, session
 from oomproof.engine.model import Model, Stream
 from oomproof.planning.plan import Plan
 from tests.cli.invoke import invoke
@@ -192,7 +192,7 @@ def test_what_the_engine_does_not_run_is_exit_code_1_with_the_reason() -> None:
 
 def test_a_missing_package_is_told_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        session, "find_spec", lambda name: None if name == "bitsandbytes" else object()
+        agreement, "find_spec", lambda name: None if name == "bitsandbytes" else object()
     )
     done = invoke("run", "tiny", "hello")
     assert done.error == (

@@ -20,15 +20,15 @@ import pytest
 from rich.console import Console
 
 from oomproof.cli import render_top
-from oomproof.guard import view as view_module
-from oomproof.guard.events import MonitorEvent
-from oomproof.guard.status_files import StatusFile, status_folder
-from oomproof.guard.view import View, watch_machine
 from oomproof.hardware.usage import watch_gpus
+from oomproof.monitoring import view as view_module
+from oomproof.monitoring.events import MonitorEvent
+from oomproof.monitoring.status_files import StatusFile, status_folder
+from oomproof.monitoring.view import View, watch_machine
 from oomproof.units import GIB, MIB
 from tests.cli.invoke import invoke
-from tests.guard.made_up import cpu_plan, gpu_plan, status
 from tests.hardware.fake_nvml import FakeGpu, FakeNvml
+from tests.monitoring.made_up import cpu_plan, gpu_plan, status
 
 EVENT = MonitorEvent(
     kind="leak", at=1.0, device=None, term="rss", measured_bytes=5, message="rss [bold]grows"

@@ -388,8 +388,8 @@ def test_nothing_is_allocated_for_a_cache_after_loading(engine: TransformersEngi
 
 def test_a_closed_model_gives_its_weights_and_caches_back() -> None:
     model = load("tiny", engine="transformers", format="bf16", context=64)
-    watched: Any = model._engine
-    engine = watched.engine
+    guarded: Any = model._engine
+    engine = guarded.inner.engine
     alive = [
         weakref.ref(engine.model.lm_head.weight),
         weakref.ref(engine._free_caches[0].layers[0].keys),

@@ -130,8 +130,8 @@ def test_experts_stay_in_16_bits_and_the_plan_knows(family: str, tmp_path: Path)
 def test_a_long_prompt_in_chunks_answers_as_in_one_piece(tiny: Model) -> None:
     prompt = "And it came to pass that the king arose. " * 12
     whole = tiny.generate(prompt, raw=True, temperature=0, max_new_tokens=20)
-    watched: Any = tiny._engine
-    engine = watched.engine
+    guarded: Any = tiny._engine
+    engine = guarded.inner.engine
     planned = engine._plan
     engine._plan = replace(planned, prefill_chunk_tokens=48)
     try:
@@ -159,7 +159,7 @@ def test_a_seed_repeats_an_answer_and_a_cancelled_one_leaves_no_trace(tiny: Mode
 
 
 def test_a_request_that_can_never_fit_is_refused_in_tokens(tiny: Model) -> None:
-    with pytest.raises(RequestError, match=r"planned context of 1,024.*--context 1033"):
+    with pytest.raises(RequestError, match=r"planned context of 1,024.*that fits here is 1,024"):
         tiny.stream("a", raw=True, max_new_tokens=1033 - len(tiny.tokenizer.encode("a")))
     strange = Request(id="x", prompt_tokens=(99_999,), max_new_tokens=1, sampling=SamplingOptions())
     with pytest.raises(RequestError, match="outside the vocabulary"):

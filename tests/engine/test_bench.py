@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from oomproof import session
+from oomproof import measuring, session
 from oomproof.engine import bench as bench_module
 from oomproof.engine.bench import (
     DECODE_TOKENS,
@@ -344,7 +344,7 @@ def test_a_peer_that_cannot_take_part_is_named_before_anything_is_started(
     said: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "plan", refused_peer(**changes))
+    monkeypatch.setattr(measuring, "plan", refused_peer(**changes))
     monkeypatch.setattr(bench_module, "measure_limits", None)
     with pytest.raises(error, match=said):
         session.bench("tiny", format="bf16", against="transformers", context=64)

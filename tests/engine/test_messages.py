@@ -119,3 +119,15 @@ def test_a_request_cannot_be_changed_once_it_was_checked() -> None:
 )
 def test_messages_travel_through_a_pipe_unchanged(message: Request | Event) -> None:
     assert pickle.loads(pickle.dumps(message)) == message
+
+
+@pytest.mark.parametrize("resumed", [-1, 3, 4])
+def test_what_is_resumed_leaves_a_token_of_the_prompt(resumed: int) -> None:
+    with pytest.raises(RequestError, match=rf"resumed-tokens {resumed} must be from 0 to 2"):
+        Request(
+            id="a",
+            prompt_tokens=(1, 2, 3),
+            max_new_tokens=1,
+            sampling=SamplingOptions(),
+            resumed_tokens=resumed,
+        )

@@ -8,6 +8,7 @@ import typer
 
 from oomproof.cli import options
 from oomproof.errors import RequestError
+from oomproof.guarding.fallback import read_fallback
 
 _HELP = """\
 /help    this help
@@ -39,6 +40,7 @@ def chat(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    fallback: options.Fallback = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -46,6 +48,7 @@ def chat(
     from oomproof import session
     from oomproof.cli.render import (
         loading_progress,
+        print_event,
         print_memory,
         print_plan,
         print_plan_line,
@@ -64,6 +67,7 @@ def chat(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
+    allowed = read_fallback(fallback)
     session.require_run_packages()
     made = session.plan(
         model,
@@ -80,7 +84,13 @@ def chat(
     )
     print_plan_line(made)
     with loading_progress() as progress:
-        loaded = session.load(made, progress=progress, trust_remote_code=trust_remote_code)
+        loaded = session.load(
+            made,
+            progress=progress,
+            fallback=allowed,
+            on_event=print_event,
+            trust_remote_code=trust_remote_code,
+        )
     say("/help for help, Ctrl-D to leave")
     history: list[dict[str, str]] = []
     with loaded:
@@ -96,9 +106,9 @@ def chat(
                     history.clear()
                     say("forgotten")
                 case "/plan":
-                    print_plan(made)
+                    print_plan(loaded.plan)
                 case "/memory":
-                    print_memory(made, loaded.measured_terms())
+                    print_memory(loaded.plan, loaded.measured_terms())
                 case command if command.startswith("/"):
                     say(f"no command {command.split()[0]}; /help lists them")
                 case text:

@@ -43,6 +43,16 @@ Offload = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Accept a plan that streams at under a token a second.")
 ]
+Fallback = Annotated[
+    str | None,
+    typer.Option(
+        "--fallback",
+        help="What may be done where memory runs out, in this order: kv8, context, batch, format, "
+        "ORG/NAME, cpu.",
+        metavar="RUNG,…",
+        show_default=False,
+    ),
+]
 MaxMemory = Annotated[
     list[str] | None,
     typer.Option(

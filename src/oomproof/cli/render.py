@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from oomproof.doctor.findings import Verdict
     from oomproof.engine.model import Model, Stream
     from oomproof.engine.rehearsal import Rung
+    from oomproof.guarding.ladder import LadderEvent
+    from oomproof.monitoring.events import MonitorEvent
 
 _TERMS = tuple(field.name for field in fields(DeviceTerms))
 
@@ -29,6 +31,16 @@ _TERMS = tuple(field.name for field in fields(DeviceTerms))
 def say(text: str) -> None:
     """Talk: a line on stderr."""
     sys.stderr.write(text + "\n")
+
+
+def print_event(event: LadderEvent | MonitorEvent) -> None:
+    """A rung that is taken; what the monitor finds is told by the logger."""
+    from oomproof.guarding.ladder import LadderEvent
+
+    if isinstance(event, LadderEvent):
+        say(event.message)
+        if event.kept is not None:
+            say(f"  what is known of it: {event.kept}")
 
 
 def _stdout() -> Console:

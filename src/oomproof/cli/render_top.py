@@ -12,11 +12,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from oomproof.guard.events import MonitorEvent
-from oomproof.guard.spikes import terms_over
-from oomproof.guard.status import DeviceStatus
-from oomproof.guard.view import EngineView, View
 from oomproof.memory.terms import DeviceTerms
+from oomproof.monitoring.events import MonitorEvent
+from oomproof.monitoring.spikes import terms_over
+from oomproof.monitoring.status import DeviceStatus
+from oomproof.monitoring.view import EngineView, View
 from oomproof.units import format_bytes
 
 NOTHING_RUNS = "no model is running through oomproof here"

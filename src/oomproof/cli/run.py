@@ -10,6 +10,7 @@ import typer
 
 from oomproof.cli import options
 from oomproof.errors import RequestError
+from oomproof.guarding.fallback import read_fallback
 
 if TYPE_CHECKING:
     from oomproof.engine.model import Model, Stream
@@ -60,6 +61,7 @@ def run(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    fallback: options.Fallback = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -69,6 +71,7 @@ def run(
     from oomproof.cli.render import (
         answer_as_json,
         loading_progress,
+        print_event,
         print_memory,
         print_plan_line,
         print_speed,
@@ -91,6 +94,7 @@ def run(
     )
     if logprobs is not None and not json:
         raise RequestError("--logprobs prints nothing without --json", remedy="add --json")
+    allowed = read_fallback(fallback)
     session.require_run_packages()
     made = session.plan(
         model,
@@ -107,7 +111,13 @@ def run(
     )
     print_plan_line(made)
     with loading_progress() as progress:
-        loaded = session.load(made, progress=progress, trust_remote_code=trust_remote_code)
+        loaded = session.load(
+            made,
+            progress=progress,
+            fallback=allowed,
+            on_event=print_event,
+            trust_remote_code=trust_remote_code,
+        )
     with loaded:
         stream = loaded.stream(text, raw=raw, **sampling)
         try:
@@ -123,7 +133,7 @@ def run(
             typer.echo()
             print_speed(stream)
         if memory:
-            print_memory(made, loaded.measured_terms())
+            print_memory(loaded.plan, loaded.measured_terms())
 
 
 def _with_logprobs(answer: str, loaded: Model, stream: Stream) -> str:

@@ -14,7 +14,7 @@ import typer
 from oomproof.errors import InputError
 
 if TYPE_CHECKING:
-    from oomproof.guard.view import View
+    from oomproof.monitoring.view import View
 
 MIN_INTERVAL_S = 0.1
 MAX_INTERVAL_S = 3600.0
@@ -39,7 +39,7 @@ def top(
 ) -> None:
     """Watch memory: every device, who uses it, and each running model against its plan."""
     looks = _looks(interval, count, once=once)
-    from oomproof.guard.view import watch_machine
+    from oomproof.monitoring.view import watch_machine
 
     with watch_machine() as look:
         views = _paced(look, interval, looks)

@@ -78,7 +78,12 @@ class TransformersEngine:
             RequestError: Prompt and answer can never fit in the planned context.
         """
         vocab_size = self.model.config.get_text_config().vocab_size
-        check_request(request, context=self._plan.context, vocab_size=vocab_size)
+        check_request(
+            request,
+            context=self._plan.context,
+            vocab_size=vocab_size,
+            max_context=self._plan.max_context,
+        )
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
@@ -129,7 +134,10 @@ class TransformersEngine:
                 request=request,
                 cache=cache,
                 sampler=RequestSampler(
-                    request.sampling, self._logits_device, request.prompt_tokens
+                    request.sampling,
+                    self._logits_device,
+                    request.prompt_tokens,
+                    request.resumed_tokens,
                 ),
                 pending=request.prompt_tokens,
             )

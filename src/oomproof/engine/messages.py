@@ -8,6 +8,8 @@ from typing import Literal
 from oomproof.errors import RequestError
 from oomproof.memory.sampler import MAX_ALTERNATIVES
 
+SEED_BITS = 63
+"""Of a seed, given or drawn."""
 MAX_NEW_TOKENS = 1_000_000
 MAX_TEMPERATURE = 100
 REPETITION_PENALTIES = (0.01, 100)
@@ -107,10 +109,18 @@ class Request:
     sampling: SamplingOptions
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end the answer and are not part of it."""
+    resumed_tokens: int = 0
+    """So many of the last of prompt_tokens are the answer's own, of an engine that failed: they
+    count for the penalties, and draws are numbered after them. max_new_tokens is what is left."""
 
     def __post_init__(self) -> None:
         if not self.prompt_tokens:
             raise RequestError("the prompt is empty", remedy="give at least one token")
+        if not 0 <= self.resumed_tokens < len(self.prompt_tokens):
+            raise RequestError(
+                f"resumed-tokens {self.resumed_tokens} must be from 0 to "
+                f"{len(self.prompt_tokens) - 1}: less than the prompt's tokens"
+            )
         check_max_new_tokens(self.max_new_tokens)
 
 

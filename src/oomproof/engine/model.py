@@ -20,7 +20,7 @@ from oomproof.engine.messages import (
     Request,
     SamplingOptions,
 )
-from oomproof.engine.protocol import Engine
+from oomproof.engine.protocol import Engine, HasPlan
 from oomproof.engine.text import IncrementalDecoder, StopScanner, read_stops
 from oomproof.errors import RequestError
 from oomproof.memory.terms import DeviceTerms
@@ -196,7 +196,12 @@ class Model:
         self._streams: dict[str, Stream] = {}
         self._ids = itertools.count()
         self.tokenizer = tokenizer
-        self.plan = plan
+        self._plan = plan
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the model runs by: another one after a rung that changed it."""
+        return self._engine.plan if isinstance(self._engine, HasPlan) else self._plan
 
     def stream(  # noqa: PLR0913 - one keyword an option of the command line
         self,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from oomproof.engine.messages import Event, Request
 from oomproof.memory.terms import DeviceTerms
+from oomproof.planning.plan import Plan
 
 
 class Engine(Protocol):
@@ -34,3 +35,12 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Gives the model's memory back; the engine is of no use afterwards."""
+
+
+@runtime_checkable
+class HasPlan(Protocol):
+    """An engine whose plan may become another one while it runs."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan it runs by now."""

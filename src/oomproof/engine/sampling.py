@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from oomproof.engine.messages import SamplingOptions
+from oomproof.engine.messages import SEED_BITS, SamplingOptions
 from oomproof.errors import RequestError
 
-SEED_BITS = 63
 PROMPT_FLAG = 1 << 30
 """Set in a token's count where it is in the prompt; the bits below count it in the answer."""
 LARGEST_LOGIT = 1e30
@@ -216,6 +215,7 @@ class RequestSampler:
         options: The request's.
         device: Where the logits are.
         prompt_tokens: The request's prompt.
+        resumed_tokens: So many of its last ones are the answer's, drawn before.
 
     Raises:
         RequestError: The options need the prompt, and it was not given.
@@ -226,14 +226,17 @@ class RequestSampler:
         options: SamplingOptions,
         device: torch.device,
         prompt_tokens: Sequence[int] | None = None,
+        resumed_tokens: int = 0,
     ) -> None:
         if prompt_tokens is None and (options.has_penalties or options.logprobs is not None):
             raise RequestError("this engine has no penalties and no log-probabilities")
         self._settings = Settings.of(options, options.seed)
         self._device = device
-        self._prompt_tokens = tuple(prompt_tokens or ())
+        given = tuple(prompt_tokens or ())
+        self._prompt_tokens = given[: len(given) - resumed_tokens]
+        self._answered = given[len(given) - resumed_tokens :]
         self._counts: torch.Tensor | None = None
-        self._number = 0
+        self._number = resumed_tokens
 
     def sample(self, logits: torch.Tensor) -> int:
         """The next token.
@@ -253,6 +256,8 @@ class RequestSampler:
             self._counts = torch.zeros(logits.numel(), dtype=torch.int32, device=self._device)
             prompt = torch.tensor(self._prompt_tokens, dtype=torch.int64, device=self._device)
             self._counts[prompt] = PROMPT_FLAG
+            for token in self._answered:
+                self._counts[token] += 1
         drawn = draw(logits, self._counts, self._settings, self._number)
         self._number += 1
         if self._counts is not None:

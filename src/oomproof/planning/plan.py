@@ -160,6 +160,8 @@ class Plan:
     """The smallest listed hardware for each format and count, where it was asked for."""
     cap_bytes: int | None = None
     """Most bytes of each device, enforced while running."""
+    reserve_bytes: int = 0
+    """Free memory of each device that is left alone."""
     prefill_chunk_tokens: int
     """A prompt is processed this many tokens at a time."""
     decoder_prefix: str = "model"

@@ -369,6 +369,7 @@ class Planner:
             load_s=load_seconds(spec, chosen.format, self.engine(chosen.format)),
             reasons=self._reasons(chosen, better, max_context, max_concurrency, others),
             cap_bytes=self.request.cap_bytes,
+            reserve_bytes=self.request.reserve_bytes,
             prefill_chunk_tokens=self._profiles_for(chosen.format)[0].prefill_chunk_tokens,
             decoder_prefix=spec.decoder_prefix,
             extra_modules=spec.extra_modules,

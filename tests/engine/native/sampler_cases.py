@@ -159,6 +159,10 @@ def _compare_in_the_interpreter() -> None:
     sampler_triton.flag_prompt(prompt, 4, flagged)
     torch.ops.oomproof.flag_prompt(prompt, 4, expected)
     assert torch.equal(flagged, expected)
+    sampler_triton.count_answer(prompt, 4, flagged)
+    torch.ops.oomproof.count_answer(prompt, 4, expected)
+    assert torch.equal(flagged, expected)
+    assert int(flagged[5]) & 0xFF == 2
 
 
 if __name__ == "__main__":

@@ -100,6 +100,28 @@ def test_a_row_left_out_is_left_as_it_is_and_its_request_goes_on_later() -> None
         assert tokens[1] == expected
 
 
+@pytest.mark.parametrize("repetition", [1.0, 1.3])
+def test_a_resumed_request_draws_on_as_if_it_had_never_stopped(repetition: float) -> None:
+    fields = {name: getattr(MIXED, name) for name in MIXED.__dataclass_fields__}
+    options = SamplingOptions(**{**fields, "repetition_penalty": repetition, "seed": 5})
+    prompt, chooser = list(range(50)), random.Random(2)
+    logits = [some_logits(chooser, 1, 60) for _ in range(STAGED_TOKENS // 100 + 8)]
+    whole, tokens = sampler_of(1, 60), torch.zeros(1, dtype=torch.int64)
+    whole.admit(0, options, 5, prompt)
+    answer = []
+    for row in logits:
+        whole.sample(row, slots_of(0), tokens)
+        answer.append(int(tokens))
+    for cut in (1, len(logits) // 2, len(logits) - 1):
+        given = [*prompt, *answer[:cut]]
+        resumed = sampler_of(1, 60)
+        resumed.admit(0, options, 5, given, cut)
+        alone = RequestSampler(options, CPU, given, cut)
+        for row, expected in zip(logits[cut:], answer[cut:], strict=True):
+            resumed.sample(row, slots_of(0), tokens)
+            assert int(tokens) == alone.sample(row[0]) == expected
+
+
 def test_a_slot_forgets_its_last_request() -> None:
     sampler, fresh = sampler_of(1, 300), sampler_of(1, 300)
     logits = some_logits(random.Random(2), 1, 300)

@@ -58,11 +58,14 @@ def test_the_kernels_compile_for_old_and_new_gpus_within_their_shared_memory(
     both = {"given": given, "scratch": scratch}
     drawn = {"tokens": "*i64", "logprobs": "*fp32", "top_tokens": "*i32", "top_logprobs": "*fp32"}
     chunks, groups = {"CHUNKS": 128}, {"GROUPS": 16384}
+    counted = {"tokens": "*i32", "count": "i32", "counts": "*i32", "vocab": "i32"}
     for kernel, signature, constants in (
         (sampler_triton._measure, both, {}),
         (sampler_filters_triton.find_limit, both, groups | chunks),
         (sampler_triton._draw, both, chunks),
         (sampler_triton._finish, both | drawn, chunks),
+        (sampler_triton._flag_prompt, counted, {"BLOCK": 1024}),
+        (sampler_triton._count_answer, counted, {"BLOCK": 1024}),
     ):
         source = ASTSource(
             kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants
@@ -129,10 +132,11 @@ def test_one_graph_serves_any_mix_and_nothing_is_allocated() -> None:
         for slot in chosen:
             one = some_admission(chooser, vocab_size)
             prompt = [*one.prompt, *range(10_000)]
+            resumed = chooser.choice((0, 6000))
             for sampler in (plain, fast):
                 # The first is overtaken before the GPU has read its options.
                 sampler.admit(slot, GREEDY, 1, prompt)
-                sampler.admit(slot, one.options, one.seed, prompt)
+                sampler.admit(slot, one.options, one.seed, prompt, resumed)
         for _ in range(3):
             host_logits.copy_(some_logits(chooser, 4, vocab_size))
             host_rows.copy_(torch.tensor(order, dtype=torch.int32))

@@ -115,7 +115,12 @@ class NativeEngine:
         Raises:
             RequestError: Prompt and answer can never fit in the planned context.
         """
-        check_request(request, context=self._plan.context, vocab_size=self._spec.vocab_size)
+        check_request(
+            request,
+            context=self._plan.context,
+            vocab_size=self._spec.vocab_size,
+            max_context=self._plan.max_context,
+        )
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
@@ -193,7 +198,9 @@ class NativeEngine:
             if device.pool is not None:
                 device.pool.assign(slot, taken)
         sampling = request.sampling
-        pipeline.sampler.admit(slot, sampling, sampling.seed, request.prompt_tokens)
+        pipeline.sampler.admit(
+            slot, sampling, sampling.seed, request.prompt_tokens, request.resumed_tokens
+        )
         self._active.append(_Active(request=request, slot=slot, pending=request.prompt_tokens))
         return True
 

@@ -7,7 +7,7 @@ decisions are made from device data, so one captured CUDA graph serves any mix o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -76,6 +76,7 @@ class Sampler:
         options: SamplingOptions,
         seed: int | None,
         prompt_tokens: Sequence[int],
+        resumed_tokens: int = 0,
     ) -> None:
         """Gives a slot to a request; whatever was there is forgotten.
 
@@ -87,17 +88,22 @@ class Sampler:
             seed: From 0 to 2^63 - 1; None draws a fresh one.
             prompt_tokens: The request's prompt, within the vocabulary; read where there is a
                 repetition penalty.
+            resumed_tokens: So many of its last ones are the answer's, drawn before: they are
+                counted, and draws are numbered after them.
         """
         settings = Settings.of(options, seed)
-        self._staging.write_options(slot, settings)
+        self._staging.write_options(slot, settings, resumed_tokens)
         if not settings.has_penalties:
             return
         row = self._counts[slot].zero_()
+        prompt = len(prompt_tokens) - resumed_tokens
         if settings.repetition != 1:
-            for start in range(0, len(prompt_tokens), STAGED_TOKENS):
-                chunk = prompt_tokens[start : start + STAGED_TOKENS]
+            for chunk in _chunks(prompt_tokens[:prompt]):
                 self._staging.write_tokens(chunk)
                 flag_prompt(self._staged_tokens, len(chunk), row)
+        for chunk in _chunks(prompt_tokens[prompt:]):
+            self._staging.write_tokens(chunk)
+            count_answer(self._staged_tokens, len(chunk), row)
 
     def sample(self, logits: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """Draws the next token of each row.
@@ -127,6 +133,11 @@ class Sampler:
         sample_greedy(logits, slots, tokens, *self._chunks)
 
 
+def _chunks(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Tokens in the pieces that are staged at once."""
+    return (tokens[start : start + STAGED_TOKENS] for start in range(0, len(tokens), STAGED_TOKENS))
+
+
 class _Staging:
     """Pinned host memory through which a request's options and prompt reach a GPU.
 
@@ -153,8 +164,8 @@ class _Staging:
     def _host(self, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(like.shape, dtype=like.dtype, pin_memory=self._is_cuda)
 
-    def write_options(self, slot: int, settings: Settings) -> None:
-        """Sends a slot's options."""
+    def write_options(self, slot: int, settings: Settings, draws: int) -> None:
+        """Sends a slot's options, and how many tokens were drawn already."""
         if self._is_cuda:
             self._slot_copied[slot].synchronize()
         floats, integers = self._floats[slot], self._integers[slot]
@@ -169,7 +180,7 @@ class _Staging:
         integers[TOP_K] = settings.top_k
         integers[ALTERNATIVES] = settings.alternatives
         integers[HAS_PENALTIES] = settings.has_penalties
-        integers[DRAWS] = 0
+        integers[DRAWS] = draws
         self._device_floats[slot].copy_(floats, non_blocking=True)
         self._device_integers[slot].copy_(integers, non_blocking=True)
         if self._is_cuda:
@@ -287,5 +298,26 @@ def _(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
         sampler_triton.flag_prompt(tokens, count, counts)
 
 
-for _operator in (sample, sample_greedy, flag_prompt):
+@operator("oomproof::count_answer", mutates_args=("counts",))
+def count_answer(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
+    """Counts an answer's tokens, drawn before, in the counts of its slot.
+
+    Args:
+        tokens: int32, the first `count` of them within the vocabulary.
+        count: How many.
+        counts: int32 [vocab].
+    """
+    ones = torch.ones(count, dtype=counts.dtype, device=counts.device)
+    counts.index_add_(0, tokens[:count].long(), ones)
+
+
+@count_answer.register_kernel("cuda")
+def _(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
+    from oomproof.engine.native import sampler_triton
+
+    with torch.cuda.device(counts.device):
+        sampler_triton.count_answer(tokens, count, counts)
+
+
+for _operator in (sample, sample_greedy, flag_prompt, count_answer):
     _operator.register_fake(lambda *_arguments: None)

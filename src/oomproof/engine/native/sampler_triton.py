@@ -108,6 +108,12 @@ def flag_prompt(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
     _flag_prompt[(triton.cdiv(count, block),)](tokens, count, counts, counts.numel(), BLOCK=block)
 
 
+def count_answer(tokens: torch.Tensor, count: int, counts: torch.Tensor) -> None:
+    """One launch; see `engine.native.sampler.count_answer`."""
+    block = 1024
+    _count_answer[(triton.cdiv(count, block),)](tokens, count, counts, counts.numel(), BLOCK=block)
+
+
 @triton.jit
 def _store_chunk(scratch, number, chunks, chunk, VALUE: tl.constexpr, PICK: tl.constexpr, best):
     """Stores a chunk's largest value and its token, `best` being the value and its place."""
@@ -277,3 +283,10 @@ def _flag_prompt(tokens, count, counts, vocab, BLOCK: tl.constexpr):
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(tokens + entry, mask=entry < count, other=-1)
     tl.store(counts + token, _FLAG, mask=(token >= 0) & (token < vocab))
+
+
+@triton.jit
+def _count_answer(tokens, count, counts, vocab, BLOCK: tl.constexpr):
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + entry, mask=entry < count, other=-1)
+    tl.atomic_add(counts + token, 1, mask=(token >= 0) & (token < vocab), sem="relaxed")

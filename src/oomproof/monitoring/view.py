@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 
-from oomproof.guard.status import Status
-from oomproof.guard.status_files import Running, read_running, status_folder
 from oomproof.hardware.usage import GpuUsage, HostUsage, read_host, watch_gpus
+from oomproof.monitoring.status import Status
+from oomproof.monitoring.status_files import Running, read_running, status_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from oomproof.guard.events import Bytes, Count, Index, MonitorEvent, Text, Time
-from oomproof.guard.samples import AllocatorFacts, Sample, Terms
-from oomproof.guard.spikes import allowed_bytes
 from oomproof.hardware.spec import DeviceKind
+from oomproof.monitoring.events import Bytes, Count, Index, MonitorEvent, Text, Time
+from oomproof.monitoring.samples import AllocatorFacts, Sample, Terms
+from oomproof.monitoring.spikes import allowed_bytes
 from oomproof.planning.plan import Plan
 
 MAX_STATUS_BYTES = 256 * 1024

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from oomproof.guard.events import MonitorEvent
-from oomproof.guard.leaks import LeakRule
-from oomproof.guard.sampler import KEPT, MAX_REST_S, REST_PER_WORK
-from oomproof.guard.status import parse_status
-from oomproof.guard.status_files import StatusFile
+from oomproof.monitoring.events import MonitorEvent
+from oomproof.monitoring.leaks import LeakRule
+from oomproof.monitoring.sampler import KEPT, MAX_REST_S, REST_PER_WORK
+from oomproof.monitoring.status import parse_status
+from oomproof.monitoring.status_files import StatusFile
 from oomproof.units import GIB, KIB, MIB
-from tests.guard.made_up import Machine, cpu_plan, gpu_plan
+from tests.monitoring.made_up import Machine, cpu_plan, gpu_plan
 
 
 def test_a_look_is_taken_at_most_once_a_second() -> None:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from oomproof.guard.events import MAX_COUNT, Bytes, Count, Index, Time
 from oomproof.memory.terms import DeviceTerms
+from oomproof.monitoring.events import MAX_COUNT, Bytes, Count, Index, Time
 from oomproof.units import MAX_BYTES
 
 

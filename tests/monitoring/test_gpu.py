@@ -16,16 +16,16 @@ WATCHED = """
 import json, os, sys, time
 import torch
 import oomproof
-from oomproof.guard.leaks import LeakRule
-from oomproof.guard.record import record_out_of_memory
-from oomproof.guard.sampler import Sampler
-from oomproof.guard.view import watch_machine
+from oomproof.monitoring.leaks import LeakRule
+from oomproof.monitoring.record import record_out_of_memory
+from oomproof.monitoring.sampler import Sampler
+from oomproof.monitoring.view import watch_machine
 
 with oomproof.load("tiny", engine="native", format="nf4-dq", context=512) as model:
     began = time.time()
     while time.time() - began < 3:
         model.generate("It was", max_new_tokens=32, temperature=0)
-    sampler = model._engine.sampler
+    sampler = model._engine.inner.sampler
     with watch_machine() as look:
         view = look()
     [engine] = view.engines
@@ -42,7 +42,7 @@ with oomproof.load("tiny", engine="native", format="nf4-dq", context=512) as mod
     }
     clock = [0.0]
     told, kept = [], []
-    from oomproof.guard.sampler import Sources
+    from oomproof.monitoring.sampler import Sources
     leaking = Sampler(model.plan, model.measured_terms, on_event=told.append,
                       sources=Sources(monotonic=lambda: clock[0]))
     for _ in range(1500):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from oomproof.guard.leaks import Leak, LeakDetector, slope
+from oomproof.monitoring.leaks import Leak, LeakDetector, slope
 from oomproof.units import KIB, MIB
 
 REQUESTS = 6_000

@@ -13,8 +13,8 @@ import pytest
 SCRIPT = """
 import json, sys, time
 import oomproof
-from oomproof.guard.status_files import read_running, status_folder
-from oomproof.guard.spikes import excesses
+from oomproof.monitoring.status_files import read_running, status_folder
+from oomproof.monitoring.spikes import excesses
 
 events = []
 with oomproof.load("tiny", engine=sys.argv[1], format="bf16", context=256, concurrency=2,
@@ -22,7 +22,7 @@ with oomproof.load("tiny", engine=sys.argv[1], format="bf16", context=256, concu
     began = time.time()
     while time.time() - began < 3.5:
         model.generate_all(["It was", "a dark night"], max_new_tokens=12, temperature=0)
-    sampler = model._engine.sampler
+    sampler = model._engine.inner.sampler
     sampler.sample()
     [status] = read_running(status_folder()).statuses
     over = [excess.message for excess in excesses(model.plan, model.measured_terms())]

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from oomproof.guard.status import MAX_STATUS_BYTES, parse_status
-from oomproof.guard.status_files import (
+from oomproof.monitoring.status import MAX_STATUS_BYTES, parse_status
+from oomproof.monitoring.status_files import (
     StatusFile,
     is_alive,
     read_running,
     status_folder,
     sweep,
 )
-from tests.guard.made_up import status
+from tests.monitoring.made_up import status
 
 
 def gone() -> int:

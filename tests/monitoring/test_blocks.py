@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from oomproof.guard.blocks import (
+from oomproof.monitoring.blocks import (
     block_facts,
     has_history,
     read_snapshot,

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import psutil
 
-from oomproof.guard.files import read_bounded, write_whole
-from oomproof.guard.status import MAX_PID, MAX_STATUS_BYTES, Status, parse_status
 from oomproof.home import home_folder
+from oomproof.monitoring.files import read_bounded, write_whole
+from oomproof.monitoring.status import MAX_PID, MAX_STATUS_BYTES, Status, parse_status
 
 MAX_FILES = 256
 """Looked at; a folder with more is somebody's mistake."""

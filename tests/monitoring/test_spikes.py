@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from oomproof.guard.spikes import terms_over
 from oomproof.memory.terms import DeviceTerms
+from oomproof.monitoring.spikes import terms_over
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PLANNED = DeviceTerms(cuda_context=800, weights=5000, kv_cache=1000, workspace=200, graphs=40)

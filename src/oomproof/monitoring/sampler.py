@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import psutil
 
-from oomproof.guard.events import MonitorEvent, OnEvent
-from oomproof.guard.leaks import LeakDetector, LeakRule
-from oomproof.guard.samples import AllocatorFacts, DeviceSample, Sample, read_allocator
-from oomproof.guard.spikes import excesses
-from oomproof.guard.status import MAX_EVENTS, status_of
-from oomproof.guard.status_files import StatusFile, status_folder
 from oomproof.memory.terms import DeviceTerms
+from oomproof.monitoring.events import MonitorEvent, OnEvent
+from oomproof.monitoring.leaks import LeakDetector, LeakRule
+from oomproof.monitoring.samples import AllocatorFacts, DeviceSample, Sample, read_allocator
+from oomproof.monitoring.spikes import excesses
+from oomproof.monitoring.status import MAX_EVENTS, status_of
+from oomproof.monitoring.status_files import StatusFile, status_folder
 from oomproof.planning.plan import Plan
 from oomproof.units import format_bytes
 

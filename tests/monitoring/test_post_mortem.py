@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from oomproof.guard.blocks import BlockFacts, SizeClass
-from oomproof.guard.post_mortem import KEPT_SAMPLES, Summary, phase_of, post_mortem
-from oomproof.guard.record import KEPT, KEPT_SNAPSHOTS, as_text, keep, record_out_of_memory
 from oomproof.hardware.usage import GpuProcess
+from oomproof.monitoring.blocks import BlockFacts, SizeClass
+from oomproof.monitoring.post_mortem import KEPT_SAMPLES, Summary, phase_of, post_mortem
+from oomproof.monitoring.record import KEPT, KEPT_SNAPSHOTS, as_text, keep, record_out_of_memory
 from oomproof.units import GIB, MIB
-from tests.guard.made_up import facts, gpu_plan, sample_of
+from tests.monitoring.made_up import facts, gpu_plan, sample_of
 
 TORCH = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.51 GiB of "
@@ -122,7 +122,7 @@ def test_the_phase_is_read_from_the_traceback(
 def test_the_functions_that_phases_are_told_by_exist() -> None:
     from importlib import import_module
 
-    from oomproof.guard.post_mortem import _PHASES
+    from oomproof.monitoring.post_mortem import _PHASES
 
     for module, function, _, _ in _PHASES:
         source = Path(str(import_module(module).__file__)).read_text()
@@ -264,7 +264,8 @@ def test_a_snapshot_is_kept_as_json_where_history_was_on(
 
 def test_neither_summaries_nor_the_view_import_torch() -> None:
     script = (
-        "import sys, oomproof.guard.record, oomproof.guard.sampler, oomproof.guard.view; "
+        "import sys, oomproof.monitoring.record, oomproof.monitoring.sampler; "
+        "import oomproof.monitoring.view; "
         "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from oomproof.engine.messages import Event, FinishedEvent, Request
 from oomproof.engine.protocol import Engine
-from oomproof.guard.events import OnEvent
-from oomproof.guard.sampler import Sampler, open_status_file
 from oomproof.memory.terms import DeviceTerms
+from oomproof.monitoring.events import OnEvent
+from oomproof.monitoring.sampler import Sampler, open_status_file
 from oomproof.planning.plan import Plan
 
 

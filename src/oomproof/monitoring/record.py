@@ -17,13 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from oomproof.errors import HardwareError
-from oomproof.guard.blocks import block_facts, has_history, read_snapshot, snapshot_as_json
-from oomproof.guard.files import write_whole
-from oomproof.guard.post_mortem import DeviceSummary, Summary, device_of, post_mortem
-from oomproof.guard.samples import Sample
 from oomproof.hardware.usage import GpuProcess, watch_gpus
 from oomproof.home import home_folder
 from oomproof.memory.terms import DeviceTerms
+from oomproof.monitoring.blocks import block_facts, has_history, read_snapshot, snapshot_as_json
+from oomproof.monitoring.files import write_whole
+from oomproof.monitoring.post_mortem import DeviceSummary, Summary, device_of, post_mortem
+from oomproof.monitoring.samples import Sample
 from oomproof.planning.plan import Plan
 from oomproof.units import format_bytes
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import psutil
 
-from oomproof.guard.events import MonitorEvent
-from oomproof.guard.sampler import Sampler, Sources
-from oomproof.guard.samples import AllocatorFacts, DeviceSample, Sample
-from oomproof.guard.status import Status, status_of
 from oomproof.memory.terms import DeviceTerms
+from oomproof.monitoring.events import MonitorEvent
+from oomproof.monitoring.sampler import Sampler, Sources
+from oomproof.monitoring.samples import AllocatorFacts, DeviceSample, Sample
+from oomproof.monitoring.status import Status, status_of
 from oomproof.planning.plan import Plan
 from oomproof.session import plan
 from oomproof.units import GIB, MIB

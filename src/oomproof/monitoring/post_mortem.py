@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Any
 
 from oomproof.faults.figures import read_device, read_figures
-from oomproof.guard.blocks import BlockFacts
-from oomproof.guard.samples import AllocatorFacts, Sample
-from oomproof.guard.spikes import excesses
 from oomproof.hardware.usage import GpuProcess, printable
 from oomproof.memory.terms import DeviceTerms
+from oomproof.monitoring.blocks import BlockFacts
+from oomproof.monitoring.samples import AllocatorFacts, Sample
+from oomproof.monitoring.spikes import excesses
 from oomproof.planning.plan import Plan
 from oomproof.units import MIB, format_bytes
 

@@ -1,0 +1,137 @@
+"""From what is asked for, in a user's words, to a plan: every word is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from oomproof.hardware.describe import describe
+from oomproof.hardware.probe import probe
+from oomproof.hardware.spec import Hardware
+from oomproof.models.resolve import resolve
+from oomproof.planning.notes import read_notes
+from oomproof.planning.plan import Plan
+from oomproof.planning.request import Offload, PlanRequest
+from oomproof.planning.search import make_plan
+from oomproof.planning.spelled import read_bytes, read_count, read_limits, read_tokens
+
+if TYPE_CHECKING:
+    from oomproof.planning.handoffs.handoff import HandOff
+
+
+def plan(  # noqa: PLR0913 - one keyword an option of the command line
+    model: str | Path,
+    *,
+    gpus: str | None = None,
+    format: str = "auto",  # noqa: A002 - the command line's word
+    kv_format: str = "auto",
+    context: int | str | None = None,
+    concurrency: int | str = 1,
+    max_memory: Mapping[int | Literal["cpu"], int | str] | None = None,
+    reserve: int | str = 0,
+    cap: int | str | None = None,
+    engine: str = "auto",
+    compute_dtype: str = "auto",
+    offload: str = "none",
+    force: bool = False,
+    what_would_it_take: bool = False,
+    revision: str | None = None,
+) -> Plan:
+    """Plans a model on this machine, or on a described one.
+
+    Args:
+        model: A folder, a hub id ("org/name"), a name of the catalog, or "tiny".
+        gpus: A machine that is not here: "4x RTX 4090", "2x24GiB,1x12GiB".
+        format: A weight format, or "auto": the best quality that fits.
+        kv_format: "bf16", "fp16", "fp8", or "auto".
+        context: Prompt and answer in tokens (8192, "8k"), "auto" for the largest that fits, None
+            for min(8192, the model's maximum).
+        concurrency: Requests at once; "auto" for as many as fit.
+        max_memory: Device index → most bytes the plan may use there ("20GiB"); "cpu" → host RAM.
+        reserve: Free memory of each device to leave alone.
+        cap: Most bytes of each device, enforced while running too.
+        engine: "native", "transformers", or "auto": ours where it knows the architecture.
+        compute_dtype: What quantized weights are computed in: "bfloat16", "float16", "float32", or
+            "auto": what the devices are made for.
+        offload: "cpu" keeps layers that fit on no device in host memory, streamed in every step.
+        force: Accepts a plan that streams at less than a token a second.
+        what_would_it_take: Also looks for the smallest listed hardware on which it would fit.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        InputError: Any of these cannot be understood or served; see oomproof.errors.
+    """
+    spec = resolve(str(model), revision=revision)
+    limits = read_limits(max_memory)
+    request = PlanRequest(
+        format=format,
+        kv_format=kv_format,
+        context=read_tokens(context),
+        concurrency=read_count(concurrency),
+        reserve_bytes=read_bytes(reserve, "reserve") or 0,
+        max_memory={index: size for index, size in limits.items() if index != "cpu"},
+        max_host_bytes=limits.get("cpu"),
+        cap_bytes=read_bytes(cap, "cap"),
+        engine=engine,
+        compute_dtype=compute_dtype,
+        offload=cast(Offload, offload),
+        force=force,
+        what_would_it_take=what_would_it_take,
+    )
+    return make_plan(spec, _hardware(gpus), request, read_notes() if gpus is None else None)
+
+
+def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
+    model: str | Path,
+    target: str,
+    *,
+    gpus: str | None = None,
+    format: str = "auto",  # noqa: A002 - the command line's word
+    kv_format: str = "auto",
+    context: int | str | None = None,
+    concurrency: int | str = 1,
+    max_memory: Mapping[int | Literal["cpu"], int | str] | None = None,
+    reserve: int | str = 0,
+    cap: int | str | None = None,
+    revision: str | None = None,
+) -> HandOff:
+    """Plans a model for another engine, in that engine's own format and words.
+
+    Args:
+        model: As for `plan`.
+        target: "vllm", "llama.cpp" or "mlx".
+        gpus: As for `plan`; for MLX also several Macs: "2x M2 Ultra 192GB".
+        format: A format of the target, or "auto": the best quality that fits.
+        kv_format: "fp8" for an 8-bit cache where the target has one.
+        context: As for `plan`.
+        concurrency: As for `plan`; "auto" is one.
+        max_memory: As for `plan`.
+        reserve: As for `plan`.
+        cap: As for `plan`.
+        revision: As for `plan`.
+
+    Raises:
+        InputError: Any of these cannot be understood or served.
+        NotRunnableError: The target cannot run it: FP8 on a GPU without it, say.
+    """
+    from oomproof.planning.handoffs import hand_off as hand_over
+    from oomproof.planning.handoffs import require_target
+
+    require_target(target)
+    spec = resolve(str(model), revision=revision)
+    hardware = probe() if gpus is None else describe(gpus, several_machines=target == "mlx")
+    limits = read_limits(max_memory)
+    request = PlanRequest(
+        kv_format=kv_format,
+        context=read_tokens(context),
+        concurrency=read_count(concurrency),
+        reserve_bytes=read_bytes(reserve, "reserve") or 0,
+        max_memory={index: size for index, size in limits.items() if index != "cpu"},
+        cap_bytes=read_bytes(cap, "cap"),
+    )
+    return hand_over(target, spec, hardware, request, format_name=format)
+
+
+def _hardware(gpus: str | None) -> Hardware:
+    return probe() if gpus is None else describe(gpus)

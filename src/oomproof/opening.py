@@ -1,0 +1,129 @@
+"""From a contract to a model that answers: its engine guarded, its tokenizer parsed beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
+from oomproof.engine.model import GenerationDefaults, Model
+from oomproof.errors import PlanDoesNotFitError
+from oomproof.guarding.engine import GuardedEngine, OnEvent
+from oomproof.guarding.situation import Target, judge
+from oomproof.hardware.spec import Hardware
+from oomproof.models.spec import ModelSource, ModelSpec
+from oomproof.monitoring.monitor import monitored
+from oomproof.starting import Contract, Loaded, start_engine
+
+if TYPE_CHECKING:
+    from oomproof.engine.protocol import Engine
+
+Key = tuple[str, ModelSource]
+Fetch = Callable[[ModelSpec], Path]
+"""The folder with a model's files, downloaded where they are not here yet."""
+
+
+def open_model(
+    contract: Contract,
+    fetch: Fetch,
+    *,
+    allowed: Sequence[str] = (),
+    on_event: OnEvent | None = None,
+    progress: Loaded | None = None,
+    trust_remote_code: bool = False,
+    refusal: PlanDoesNotFitError | None = None,
+) -> Model:
+    """Loads a contract's model, by another plan where memory runs out and that is allowed.
+
+    Args:
+        contract: What to load.
+        fetch: Where the files come from; called once for each model.
+        allowed: Rungs that the user allows.
+        on_event: Told of every rung that is taken, and of what the monitor finds.
+        progress: Told of bytes loaded.
+        trust_remote_code: Lets transformers run code that a model's folder ships.
+        refusal: Why the contract cannot be loaded as it is.
+
+    Raises:
+        OomproofError: As `GuardedEngine` raises it.
+    """
+    starter = _Starter(fetch, progress, on_event, trust_remote_code=trust_remote_code)
+    with ThreadPoolExecutor(1) as beside:
+        starter.beside = beside
+        try:
+            engine = GuardedEngine(
+                Target(plan=contract.plan, spec=contract.spec),
+                starter,
+                hardware=contract.hardware,
+                allowed=allowed,
+                on_event=on_event,
+                failure=None if refusal is None else judge(refusal),
+            )
+        finally:
+            starter.beside = None
+        try:
+            defaults, parsing = starter.texts[key_of(engine.target)]
+            tokenizer = parsing.result()
+        except BaseException:
+            engine.close()
+            raise
+    starter.texts.clear()
+    return Model(engine, tokenizer, engine.plan, defaults)
+
+
+def key_of(target: Target) -> Key:
+    """Which model it is: others may have its shapes, and so its fingerprint."""
+    return target.plan.fingerprint, target.plan.source
+
+
+class _Starter:
+    """Starts engines, each watched by its plan; beside loading, a tokenizer's files are parsed."""
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        progress: Loaded | None,
+        on_event: OnEvent | None,
+        *,
+        trust_remote_code: bool,
+    ) -> None:
+        self._fetch, self._progress, self._on_event = fetch, progress, on_event
+        self._trust_remote_code = trust_remote_code
+        self._folders: dict[Key, Path] = {}
+        self.beside: ThreadPoolExecutor | None = None
+        """Where tokenizers are parsed; None once the model is there."""
+        self.texts: dict[Key, tuple[GenerationDefaults, Future[TransformersTokenizer]]] = {}
+
+    def __call__(self, target: Target, hardware: Hardware) -> Engine:
+        key = key_of(target)
+        if key not in self._folders:
+            self._folders[key] = self._fetch(target.spec)
+        folder = self._folders[key]
+        contract = Contract(plan=target.plan, spec=target.spec, hardware=hardware)
+
+        def parse() -> None:
+            if self.beside is None or key in self.texts:
+                return
+            defaults = read_generation_defaults(folder)
+            parsing = self.beside.submit(
+                TransformersTokenizer,
+                folder,
+                defaults=defaults,
+                trust_remote_code=self._trust_remote_code,
+            )
+            self.texts[key] = defaults, parsing
+
+        engine = start_engine(
+            contract,
+            folder,
+            self._progress,
+            trust_remote_code=self._trust_remote_code,
+            on_reading=parse,
+        )
+        try:
+            return monitored(engine, target.plan, self._on_event)
+        except BaseException:
+            engine.close()
+            raise
