@@ -21,6 +21,8 @@ from oomproof.errors import (
     PlanDoesNotFitError,
     PlanMismatchError,
     RequestError,
+    WorkerDownError,
+    WorkerError,
 )
 
 ALL = [
@@ -104,6 +106,8 @@ def test_a_mismatch_shows_three_differences_and_counts_the_rest() -> None:
         PlanDoesNotFitError("m", shortfall_bytes=5, remedy="r"),
         LoadError("m"),
         PlanMismatchError(("a", "b")),
+        WorkerError("m", code=700, signal="SIGKILL", stderr="tail", remedy="r"),
+        WorkerDownError("m"),
     ],
     ids=lambda error: type(error).__name__,
 )

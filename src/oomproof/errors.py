@@ -14,6 +14,8 @@ OomproofError                   exit code 1
 ├── EngineFaultError            a device failed for this process; every running request ended
 ├── KernelCompileError          NVRTC refuses one of our CUDA sources (carries its log)
 ├── CudaError                   the CUDA driver refuses a call (carries its name of the error)
+├── WorkerError                 the model's process died, hung or met a fault (carries the cause)
+│   └── WorkerDownError         it is not started again
 └── LoadError                   loading did not produce what the plan promised
     └── PlanMismatchError       a parameter's device, dtype or bytes differ from the plan
 
@@ -216,6 +218,38 @@ class CudaError(OomproofError):
         self.call = call
         self.name = name
         super().__init__(f"{call}: {name}", remedy=remedy)
+
+
+class WorkerError(OomproofError):
+    """The process that holds the model died, hung, or met a fault; what it was answering is lost.
+
+    Args:
+        message: What happened.
+        code: CUDA's number of the error, or the process's exit code; None where there is neither.
+        signal: Name of the signal that ended the process: "SIGKILL".
+        stderr: The last lines that the process wrote.
+        fault: What it met, an `oomproof.faults.fault.Fault`; None where it ended by itself.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: int | None = None,
+        signal: str | None = None,
+        stderr: str = "",
+        fault: Any = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.code = code
+        self.signal = signal
+        self.stderr = stderr
+        self.fault = fault
+        super().__init__(message, remedy=remedy)
+
+
+class WorkerDownError(WorkerError):
+    """The model's process failed for good: it is not started again."""
 
 
 class LoadError(OomproofError):

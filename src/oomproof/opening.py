@@ -1,7 +1,12 @@
-"""From a contract to a model that answers: its engine guarded, its tokenizer parsed beside."""
+"""From a contract to a model that answers: its engine guarded, its tokenizer parsed beside.
+
+open_model   in this process
+open_apart   in a supervised process of its own; the ladder is there, beside the engine
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
 from oomproof.engine.model import GenerationDefaults, Model
-from oomproof.errors import PlanDoesNotFitError
-from oomproof.guarding.engine import GuardedEngine, OnEvent
-from oomproof.guarding.situation import Target, judge
+from oomproof.errors import NotRunnableError, PlanDoesNotFitError
+from oomproof.guarding.engine import GuardedEngine, OnEvent, tell_rung
+from oomproof.guarding.ladder import Ladder, event_of
+from oomproof.guarding.machine import Machine, find_model
+from oomproof.guarding.situation import Situation, Target, judge
 from oomproof.hardware.spec import Hardware
 from oomproof.models.spec import ModelSource, ModelSpec
 from oomproof.monitoring.monitor import monitored
@@ -71,6 +78,114 @@ def open_model(
             raise
     starter.texts.clear()
     return Model(engine, tokenizer, engine.plan, defaults)
+
+
+def open_apart(
+    contract: Contract,
+    fetch: Fetch,
+    *,
+    allowed: Sequence[str] = (),
+    on_event: OnEvent | None = None,
+    progress: Loaded | None = None,
+    trust_remote_code: bool = False,
+    refusal: PlanDoesNotFitError | None = None,
+) -> Model:
+    """As `open_model`, with the model in a supervised process and the text side in this one.
+
+    Files are fetched in this process: the other one has no network. A plan that never fitted is
+    left for one that does before a process is started, and so before anything is downloaded.
+
+    Raises:
+        OomproofError: As `GuardedEngine` raises it while loading.
+        WorkerError: The process died, hung, or met a fault.
+        NotRunnableError: This is no POSIX system.
+    """
+    from oomproof.worker.engine import WorkerEngine
+    from oomproof.worker.launch import Launch
+
+    if os.name != "posix":
+        raise NotRunnableError(
+            f"a model's own process needs a POSIX system, this is {os.name}", remedy="--no-worker"
+        )
+    target = Target(plan=contract.plan, spec=contract.spec)
+    if refusal is not None:
+        target = _one_that_fits(target, refusal, allowed, on_event)
+
+    def find(model: str) -> tuple[ModelSpec, Path]:
+        spec = find_model(model)
+        return spec, fetch(spec)
+
+    folder = fetch(target.spec)
+    engine = WorkerEngine(
+        Launch(
+            plan=target.plan,
+            folder=folder,
+            vocab_size=target.spec.vocab_size,
+            trust_remote_code=trust_remote_code,
+            allowed=tuple(allowed),
+            find=find,
+        ),
+        on_event=on_event,
+    )
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            # transformers is imported and the tokenizer parsed while the weights are on their way.
+            parsing = beside.submit(_read_texts, folder, trust_remote_code=trust_remote_code)
+
+            def told(done: int, total: int) -> None:
+                if parsing.done():
+                    # What is wrong with its files need not wait for the weights.
+                    parsing.result()
+                if progress is not None:
+                    progress(done, total)
+
+            engine.begin(told)
+            tokenizer, defaults = parsing.result()
+        if engine.folder != folder:
+            tokenizer, defaults = _read_texts(engine.folder, trust_remote_code=trust_remote_code)
+    except BaseException:
+        engine.close()
+        raise
+    return Model(engine, tokenizer, engine.plan, defaults)
+
+
+def _one_that_fits(
+    target: Target,
+    refusal: PlanDoesNotFitError,
+    allowed: Sequence[str],
+    on_event: OnEvent | None,
+) -> Target:
+    """The first rung's plan, for one that cannot be started at all.
+
+    Raises:
+        LadderExhaustedError: No allowed rung helps.
+    """
+    failure, machine = judge(refusal), Machine()
+    assert failure is not None
+    situation = Situation(
+        target=target,
+        failure=failure,
+        hardware=machine.measure(target.plan),
+        least_context=0,
+        requests=0,
+        has_answers=False,
+        holders=machine.holders(target.plan),
+        find=machine.find,
+    )
+    rung, proposal = Ladder(allowed).next(situation)
+    event = event_of(rung, proposal, situation)
+    tell_rung(event, on_event)
+    return proposal.target
+
+
+def _read_texts(
+    folder: Path, *, trust_remote_code: bool
+) -> tuple[TransformersTokenizer, GenerationDefaults]:
+    defaults = read_generation_defaults(folder)
+    return (
+        TransformersTokenizer(folder, defaults=defaults, trust_remote_code=trust_remote_code),
+        defaults,
+    )
 
 
 def key_of(target: Target) -> Key:

@@ -56,6 +56,7 @@ def load(
     fallback: str | Sequence[str] | None = None,
     on_event: OnEvent | None = None,
     trust_remote_code: bool = False,
+    worker: bool = False,
     **options: Any,
 ) -> Model:
     """Loads a model as planned, ready to answer, and watches its memory (`oomproof top`).
@@ -71,13 +72,14 @@ def load(
         on_event: Told of everything that is done then, and once of each leak and of each term
             above its plan, in the thread that steps; each event has a `message`.
         trust_remote_code: Lets transformers run code that the model's folder ships.
+        worker: Keeps the model in a supervised process of its own, which is replaced when it fails.
         options: Those of `plan`, where `model` is not a plan.
 
     Raises:
         MissingDependencyError: The [run] extra is not installed.
         PlanDoesNotFitError: The plan needs more memory than there is; a LadderExhaustedError where
             something was tried.
-        EngineFaultError: A device failed for good.
+        EngineFaultError: A device failed for good; a WorkerError where a process of its own did.
         NotRunnableError: No engine here runs it.
         LoadError: The checkpoint does not give what the plan promises.
         InputError: See `plan`, or an unknown fallback.
@@ -86,9 +88,9 @@ def load(
     contract, refusal = agree_or_refuse(model, options)
     if refusal is not None and not allowed:
         raise refusal
-    from oomproof.opening import open_model
+    from oomproof.opening import open_apart, open_model
 
-    return open_model(
+    return (open_apart if worker else open_model)(
         contract,
         partial(fetch, progress=progress, trust_remote_code=trust_remote_code),
         allowed=allowed,

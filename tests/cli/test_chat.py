@@ -8,7 +8,7 @@ import pytest
 
 from oomproof import session
 from oomproof.engine.model import Message, Model, Prompt, Stream
-from oomproof.errors import RequestError
+from oomproof.errors import RequestError, WorkerDownError, WorkerError
 from tests.cli.invoke import Outcome, invoke
 
 
@@ -170,3 +170,37 @@ def test_a_wrong_option_is_told_before_the_conversation_begins(
 ) -> None:
     assert named in chat("hello\n", *options).error
     assert asked == []
+
+
+def test_a_lost_answer_is_told_and_the_conversation_goes_on(
+    asked: list[list[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [WorkerError("it was ended by SIGKILL", signal="SIGKILL")]
+    original = Stream.__next__
+
+    def fail_once(stream: Stream) -> str:
+        if errors:
+            raise errors.pop()
+        return original(stream)
+
+    monkeypatch.setattr(Stream, "__next__", fail_once)
+    done = chat("Who goes there?\nAnd then?\n")
+    assert done.code == 0
+    assert "error: it was ended by SIGKILL" in done.err
+    assert [[message["content"] for message in turn] for turn in asked] == [
+        ["Who goes there?"],
+        ["And then?"],
+    ]
+
+
+def test_a_model_that_is_lost_for_good_ends_the_chat(
+    asked: list[list[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_stream: Stream) -> str:
+        raise WorkerDownError("it failed 4 times")
+
+    monkeypatch.setattr(Stream, "__next__", fail)
+    done = chat("Who goes there?\nAnd then?\n")
+    assert done.code == 1
+    assert done.err.endswith("error: it failed 4 times\n")
+    assert len(asked) == 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from oomproof import agreement, session
+from oomproof.cli.options import wants_worker
 from oomproof.engine.model import Model, Stream
+from oomproof.errors import WorkerError
 from oomproof.planning.plan import Plan
 from tests.cli.invoke import invoke
 from tests.compat.checkpoints import copy_of_tiny, edit_json
@@ -94,7 +97,10 @@ def test_memory_is_compared_on_stderr() -> None:
         assert word not in done.out
 
 
-def test_ctrl_c_ends_the_answer_and_keeps_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("process", ["--worker", "--no-worker"])
+def test_ctrl_c_ends_the_answer_and_keeps_what_came(
+    monkeypatch: pytest.MonkeyPatch, process: str
+) -> None:
     original, load = Stream.__next__, session.load
 
     def load_a_model_that_never_stops(plan: Plan, **options: Any) -> Model:
@@ -109,7 +115,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_came(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Stream, "__next__", interrupted)
     monkeypatch.setattr(session, "load", load_a_model_that_never_stops)
-    done = invoke("run", "tiny", "hello", "--format", "bf16", "--seed", "3")
+    done = invoke("run", "tiny", "hello", "--format", "bf16", "--seed", "3", process)
     assert done.code == 0
     assert "ended by cancelled" in done.err
     assert len(done.out) > 1
@@ -227,3 +233,50 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     done = invoke("run", str(folder), "hello", *QUICK)
     assert (done.code, done.out) == (1, "")
     assert "tokenizer" in done.err.splitlines()[-1]
+
+
+def test_a_process_of_its_own_changes_nothing_that_is_printed() -> None:
+    here = invoke("run", "tiny", "It was a dark night", "--no-worker", *QUICK)
+    there = invoke("run", "tiny", "It was a dark night", "--worker", *QUICK)
+    assert (there.code, there.out) == (0, here.out)
+    assert there.err.splitlines()[:2] == here.err.splitlines()[:2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "wanted"),
+    [("cuda", None, True), ("cpu", None, False), ("cuda", False, False), ("cpu", True, True)],
+)
+def test_a_model_on_a_gpu_gets_a_process_of_its_own_unless_told(
+    kind: str, asked: bool | None, wanted: bool
+) -> None:
+    made = session.plan("tiny", gpus="1x24GiB")
+    [device] = made.devices
+    placed = replace(made, devices=(replace(device, kind=kind),))  # type: ignore[arg-type]
+    assert wants_worker(asked, placed) == wanted
+
+
+def test_what_its_process_cannot_load_is_the_error_of_always(tmp_path: Path) -> None:
+    folder = copy_of_tiny(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-4096:] = b"\xff" * 4096
+    weights.write_bytes(damaged)
+    here, there = (
+        invoke("run", str(folder), "hello", process, *QUICK)
+        for process in ("--no-worker", "--worker")
+    )
+    assert there.code == here.code == 1
+    assert there.err.splitlines()[-1] == here.err.splitlines()[-1]
+    assert "model.safetensors" in there.err.splitlines()[-1]
+
+
+def test_a_process_that_dies_is_one_error_after_its_last_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def die(*_arguments: object) -> None:
+        raise WorkerError("it was ended by SIGKILL", signal="SIGKILL", stderr="last words\n")
+
+    monkeypatch.setattr(Stream, "__next__", die)
+    done = invoke("run", "tiny", "hello", "--worker", *QUICK)
+    assert done.code == 1
+    assert done.err.endswith("last words\nerror: it was ended by SIGKILL\n")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from oomproof.hardware.cgroup import MemoryLimit, memory_limit
+from oomproof.hardware.cgroup import MemoryLimit, memory_limit, oom_kills
 from oomproof.units import GIB
 
 PHYSICAL = 64 * GIB
@@ -134,3 +134,17 @@ def test_a_v1_parent_limits_its_children(tmp_path: Path) -> None:
 def test_files_that_make_no_sense_are_no_limit(root: Path) -> None:
     group(root, "sys/fs/cgroup/pod/job", maximum="garbage")
     assert memory_limit(PHYSICAL, root=root) is None
+
+
+def test_the_kernels_kills_are_counted_in_either_version(tmp_path: Path) -> None:
+    assert oom_kills(root=tmp_path) is None
+    write(tmp_path, proc__self__cgroup="4:memory:/box\n0::/box")
+    group_v1(tmp_path, "box", limit=GIB)
+    (tmp_path / "sys/fs/cgroup/memory/box/memory.oom_control").write_text(
+        "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"
+    )
+    assert oom_kills(root=tmp_path) == 4
+    group(tmp_path, "sys/fs/cgroup/box", maximum=GIB)
+    write(tmp_path, proc__self__cgroup="0::/box")
+    (tmp_path / "sys/fs/cgroup/box/memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    assert oom_kills(root=tmp_path) == 2

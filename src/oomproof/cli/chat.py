@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from oomproof.cli import options
-from oomproof.errors import RequestError
+from oomproof.errors import LadderExhaustedError, RequestError, WorkerDownError, WorkerError
 from oomproof.guarding.fallback import read_fallback
+
+if TYPE_CHECKING:
+    from oomproof.engine.model import Model
 
 _HELP = """\
 /help    this help
@@ -43,6 +47,7 @@ def chat(
     fallback: options.Fallback = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    worker: options.Worker = None,
 ) -> None:
     """Talk to a model; it remembers the conversation as far as the context reaches."""
     from oomproof import session
@@ -83,6 +88,7 @@ def chat(
         revision=revision,
     )
     print_plan_line(made)
+    apart = options.wants_worker(worker, made)
     with loading_progress() as progress:
         loaded = session.load(
             made,
@@ -90,6 +96,7 @@ def chat(
             fallback=allowed,
             on_event=print_event,
             trust_remote_code=trust_remote_code,
+            worker=apart,
         )
     say("/help for help, Ctrl-D to leave")
     history: list[dict[str, str]] = []
@@ -113,7 +120,7 @@ def chat(
                     say(f"no command {command.split()[0]}; /help lists them")
                 case text:
                     history.append({"role": "user", "content": text})
-                    _answer(loaded, history, **sampling)
+                    _answer(loaded, history, outlives=apart, **sampling)
 
 
 def _read_line() -> str | None:
@@ -135,21 +142,42 @@ def _read_line() -> str | None:
             sys.stderr.write(f"error: this line is not UTF-8 text: {error.reason}\n")
 
 
-def _answer(loaded: object, history: list[dict[str, str]], **sampling: object) -> None:
-    """Streams one answer and appends it to the history; a refusal leaves the history as it was."""
+def _answer(
+    loaded: Model, history: list[dict[str, str]], *, outlives: bool, **sampling: Any
+) -> None:
+    """Streams one answer and appends it to the history; one that is refused or lost leaves it.
+
+    Args:
+        loaded: The model.
+        history: Ends with the question.
+        outlives: Whether a failed engine is replaced.
+        sampling: Options of `Model.stream`.
+    """
     from oomproof.cli.render import say
 
+    stream = None
     try:
-        stream = loaded.stream(history, **sampling)  # type: ignore[attr-defined]
+        stream = loaded.stream(history, **sampling)
+        for piece in stream:
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        if stream is None:
+            raise
+        stream.cancel()
     except RequestError as error:
         history.pop()
         say(f"error: {error}")
         say("/clear forgets the conversation")
         return
-    try:
-        for piece in stream:
-            typer.echo(piece, nl=False)
-    except KeyboardInterrupt:
-        stream.cancel()
+    except WorkerDownError:
+        raise
+    except (WorkerError, LadderExhaustedError) as error:
+        if isinstance(error, LadderExhaustedError) and not outlives:
+            raise
+        history.pop()
+        typer.echo()
+        say(f"error: {error}")
+        say("the answer is lost and the question forgotten; ask again")
+        return
     typer.echo()
     history.append({"role": "assistant", "content": stream.text})

@@ -20,7 +20,7 @@ from oomproof.cli.plan import plan
 from oomproof.cli.rehearse import rehearse
 from oomproof.cli.run import run
 from oomproof.cli.top import top
-from oomproof.errors import OomproofError
+from oomproof.errors import OomproofError, WorkerError
 
 app = typer.Typer(
     name="oomproof",
@@ -60,6 +60,8 @@ def main() -> None:
     try:
         app()
     except OomproofError as error:
+        if isinstance(error, WorkerError):
+            sys.stderr.write(error.stderr)
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import os
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from oomproof.engine.messages import SamplingOptions, check_max_new_tokens
 from oomproof.engine.text import read_stops
 from oomproof.errors import InputError
+
+if TYPE_CHECKING:
+    from oomproof.planning.plan import Plan
 
 Model = Annotated[
     str,
@@ -75,6 +79,14 @@ Revision = Annotated[
 Note = Annotated[
     bool,
     typer.Option("--note/--no-note", help="Keep what was measured for the next plan here."),
+]
+Worker = Annotated[
+    bool | None,
+    typer.Option(
+        "--worker/--no-worker",
+        help="Keep the model in a process of its own, replaced when it fails. [default: on GPUs]",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 MaxNewTokens = Annotated[
@@ -160,6 +172,17 @@ def check_sampling(
     if max_new_tokens is not None:
         check_max_new_tokens(max_new_tokens)
     return {**given, "max_new_tokens": max_new_tokens, "stop": read_stops(stop)}
+
+
+def wants_worker(asked: bool | None, plan: Plan) -> bool:
+    """Whether a plan's model gets a process of its own.
+
+    Unless told, it does where a GPU can fail under it; on a processor there is no such fault, and
+    a second process costs its start and its memory.
+    """
+    if asked is not None:
+        return asked
+    return os.name == "posix" and any(d.kind == "cuda" for d in plan.devices_in_use)
 
 
 def parse_max_memory(

@@ -64,6 +64,7 @@ def run(
     fallback: options.Fallback = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    worker: options.Worker = None,
     json: options.Json = False,
 ) -> None:
     """Plan a model, load it as planned, and stream the answer to one prompt."""
@@ -117,6 +118,7 @@ def run(
             fallback=allowed,
             on_event=print_event,
             trust_remote_code=trust_remote_code,
+            worker=options.wants_worker(worker, made),
         )
     with loaded:
         stream = loaded.stream(text, raw=raw, **sampling)

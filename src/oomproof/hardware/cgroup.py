@@ -31,6 +31,8 @@ class _Version:
     limit_files: tuple[str, ...]
     usage_file: str
     reclaimable_key: str
+    events_file: str
+    """Has a line "oom_kill 3"."""
 
 
 _V2 = _Version(
@@ -41,6 +43,7 @@ _V2 = _Version(
     limit_files=("memory.max", "memory.high"),
     usage_file="memory.current",
     reclaimable_key="inactive_file",
+    events_file="memory.events",
 )
 _V1 = _Version(
     source="cgroup v1",
@@ -48,6 +51,7 @@ _V1 = _Version(
     limit_files=("memory.limit_in_bytes",),
     usage_file="memory.usage_in_bytes",
     reclaimable_key="total_inactive_file",
+    events_file="memory.oom_control",
 )
 
 
@@ -71,6 +75,24 @@ def memory_limit(physical_bytes: int, *, root: Path = Path("/")) -> MemoryLimit 
     if not source:
         return None
     return MemoryLimit(limit_bytes=limit_bytes, headroom_bytes=headroom_bytes, source=source)
+
+
+def oom_kills(*, root: Path = Path("/")) -> int | None:
+    """Processes of this process's control group that the kernel killed for want of memory.
+
+    Args:
+        root: Where the file system starts; tests pass a folder.
+
+    Returns:
+        The count so far; None where no control group tells it.
+    """
+    for version, group in _own_groups(root):
+        for folder in _folders(root, version, group):
+            for line in _read(folder / version.events_file).splitlines():
+                key, _, value = line.partition(" ")
+                if key == "oom_kill" and value.isdecimal():
+                    return int(value)
+    return None
 
 
 def _own_groups(root: Path) -> Iterator[tuple[_Version, PurePosixPath]]:
