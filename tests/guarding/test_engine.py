@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import oomproof
 import oomproof.compat.engine as compat_engine
 from oomproof.compat.engine import TransformersEngine
 from oomproof.engine.messages import SamplingOptions, TokenEvent
@@ -22,10 +23,11 @@ from oomproof.errors import (
     RequestError,
 )
 from oomproof.faults.fault import FaultClass
-from oomproof.guarding.engine import GuardedEngine
+from oomproof.guarding.engine import GuardedEngine, arithmetic_of
 from oomproof.guarding.ladder import LadderEvent
 from oomproof.guarding.machine import Machine
 from oomproof.hardware.holders import Holder
+from oomproof.planning.plan import Plan
 from tests.guarding.engines import (
     GREEDY,
     PROMPT,
@@ -111,6 +113,54 @@ def test_an_answer_without_a_seed_keeps_the_one_it_was_given(
     calm = answer(running, request(sampling=SamplingOptions(seed=17)))
     failing(monkeypatch, 4)
     assert tokens(answer(running, request(sampling=SamplingOptions()))) == tokens(calm)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "calls", "replayed"),
+    [((), (4,), [False, True]), (("kv8",), (4, 8), [False, True, False])],
+    ids=["the same plan", "another KV format"],
+)
+def test_an_answer_is_replayed_while_nothing_that_decides_its_bits_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: tuple[str, ...],
+    calls: tuple[int, ...],
+    replayed: list[bool],
+) -> None:
+    def as_on_a_gpu(plan: Plan) -> tuple[str, ...]:
+        return (plan.format, plan.kv_format)
+
+    monkeypatch.setattr("oomproof.guarding.engine.arithmetic_of", as_on_a_gpu)
+    seen: list[bool] = []
+    submit = NativeEngine.submit
+
+    def noted(self: NativeEngine, one: Any) -> None:
+        seen.append(one.replays)
+        submit(self, one)
+
+    monkeypatch.setattr(NativeEngine, "submit", noted)
+    running = guarded(Factory(), allowed=allowed)
+    calm = answer(running, request())
+    seen.clear()
+    failing(monkeypatch, *calls, trouble=without_figures)
+    events = answer(running, request())
+    assert seen == replayed
+    assert len(tokens(events)) == len(tokens(calm))
+    if not allowed:
+        assert tokens(events) == tokens(calm)
+    running.close()
+
+
+def test_only_our_own_engine_on_gpus_replays() -> None:
+    on_gpu = oomproof.plan("llama-3.1-8b", gpus="24GiB", format="nf4-dq", context=1024)
+    assert on_gpu.engine == "native"
+    assert arithmetic_of(on_gpu) == arithmetic_of(replace(on_gpu, context=512)) != ()
+    assert arithmetic_of(replace(on_gpu, kv_format="fp8")) != arithmetic_of(on_gpu)
+    streamed = oomproof.plan(
+        "llama-3.1-8b", gpus="12GiB", format="bf16", context=1024, offload="cpu", engine="native"
+    )
+    assert streamed.devices_in_use[0].streamed_layers is not None
+    others = [streamed, replace(on_gpu, engine="transformers"), target().plan]
+    assert [arithmetic_of(one) for one in others] == [()] * 3
 
 
 def test_two_answers_at_once_go_on_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ COMMANDS: tuple[Command, ...] = (
             sampling=SamplingOptions(temperature=0.1, top_k=5, seed=2**63 - 1, logprobs=20),
             stop_tokens=frozenset({3, 1}),
             resumed_tokens=2,
+            replays=True,
         )
     ),
     Cancel(request_id="17"),

@@ -112,6 +112,9 @@ class Request:
     resumed_tokens: int = 0
     """So many of the last of prompt_tokens are the answer's own, of an engine that failed: they
     count for the penalties, and draws are numbered after them. max_new_tokens is what is left."""
+    replays: bool = False
+    """Whether an engine that can computes these as they were at first, a token a step, and not as a
+    prompt: rounding is the same then, and so is what follows. It takes as long as it did."""
 
     def __post_init__(self) -> None:
         if not self.prompt_tokens:

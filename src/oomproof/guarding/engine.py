@@ -232,7 +232,7 @@ class GuardedEngine:
                 continue
             if self._one_by_one and self._inside:
                 return
-            inner.submit(entry.rest())
+            inner.submit(entry.rest(arithmetic_of(self.plan)))
             self._inside.add(request_id)
 
     def _record(self, events: Sequence[Event]) -> list[Event]:
@@ -362,6 +362,21 @@ def tell_rung(event: LadderEvent, on_event: OnEvent | None) -> None:
     log.log(logging.WARNING if on_event is None else logging.INFO, "%s", event.message)
     if on_event is not None:
         on_event(event)
+
+
+def arithmetic_of(plan: Plan) -> tuple[str, ...]:
+    """What decides the bits of a plan's answers, where its engine can compute them again.
+
+    Our own on GPUs, that read weights at the memory's speed: elsewhere an answer's tokens one by
+    one would take too long, and are a part of the prompt.
+    """
+    devices = plan.devices_in_use
+    if plan.engine != "native" or any(
+        device.kind != "cuda" or device.streamed_layers is not None for device in devices
+    ):
+        return ()
+    layers = [str(device.layers) for device in devices]
+    return (plan.fingerprint, plan.format, plan.kv_format, plan.compute_dtype, *layers)
 
 
 def _too_late(_model: str) -> ModelSpec:

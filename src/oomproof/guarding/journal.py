@@ -16,16 +16,26 @@ class Entry:
     request: Request
     tokens: list[int] = field(default_factory=list)
     """Of its answer, handed out so far."""
+    arithmetic: tuple[str, ...] = ()
+    """What its tokens are computed with; another one after a rung that changed it."""
     is_cancelled: bool = False
 
-    def rest(self) -> Request:
-        """What is left of it, as a request of its own."""
+    def rest(self, arithmetic: tuple[str, ...] = ()) -> Request:
+        """What is left of it, as a request of its own.
+
+        Args:
+            arithmetic: What the engine computes with, that it is for; empty where an answer is
+                resumed as a part of the prompt at any rate.
+        """
         request = self.request
+        if not self.tokens:
+            self.arithmetic = arithmetic
         return replace(
             request,
             prompt_tokens=(*request.prompt_tokens, *self.tokens),
             max_new_tokens=request.max_new_tokens - len(self.tokens),
             resumed_tokens=request.resumed_tokens + len(self.tokens),
+            replays=bool(self.tokens and arithmetic) and arithmetic == self.arithmetic,
         )
 
     def cancelled(self) -> FinishedEvent:

@@ -73,7 +73,7 @@ def _plain(message: Command | Report) -> list[Any]:  # noqa: PLR0911, PLR0912, C
             sampling = [getattr(request.sampling, name) for name in _SAMPLING]
             stops = sorted(request.stop_tokens)
             return ["submit", request.id, request.max_new_tokens, sampling, stops,
-                    request.resumed_tokens, request.prompt_tokens]  # fmt: skip
+                    request.resumed_tokens, request.replays, request.prompt_tokens]  # fmt: skip
         case Cancel():
             return ["cancel", message.request_id]
         case Measure():
@@ -124,8 +124,12 @@ def read_command(payload: bytes) -> Command:
         ProtocolError: It is no command.
     """
     match _parse(payload):
-        case ["submit", str(id_), int(bound), list(sampling), list(stops), resumed, list(prompt)]:
-            return Submit(request=_request(id_, bound, sampling, stops, _count(resumed), prompt))
+        case [
+            "submit", str(id_), int(bound), list(sampling), list(stops), resumed,
+            bool(replays), list(prompt),
+        ]:  # fmt: skip
+            request = _request(id_, bound, sampling, stops, _count(resumed), replays, prompt)
+            return Submit(request=request)
         case ["cancel", str(id_)]:
             return Cancel(request_id=id_)
         case ["measure"]:
@@ -264,6 +268,7 @@ def _request(
     sampling: list[Any],
     stops: list[Any],
     resumed: int,
+    replays: bool,
     prompt: list[Any],
 ) -> Request:
     if len(sampling) != len(_SAMPLING) or not all(
@@ -278,6 +283,7 @@ def _request(
             sampling=SamplingOptions(**dict(zip(_SAMPLING, sampling, strict=True))),
             stop_tokens=frozenset(_counts(stops)),
             resumed_tokens=resumed,
+            replays=replays,
         )
     except (RequestError, TypeError, OverflowError) as error:
         raise ProtocolError(f"a request cannot be: {error}") from None

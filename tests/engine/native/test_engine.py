@@ -190,6 +190,9 @@ def test_chunks_and_slices_of_up_change_no_answer(
     assert answers[0] == answers[1]
 
 
+PAIR = ((11, 7, 93, 500, 12), (40, 41, 42))
+
+
 @pytest.fixture(params=[0, 1, 2], ids=["in turn", "one step ahead", "before tokens come"])
 def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether steps are launched before the tokens of the last are handed out, as on GPUs; or
@@ -255,6 +258,66 @@ def test_steps_that_are_launched_ahead_answer_alike(monkeypatch: pytest.MonkeyPa
                 event.token for event in two[:shared]
             ]
             assert abs(len(one) - len(two)) <= 1
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("cut", [1, 2, 7])
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, SamplingOptions(seed=5, temperature=0.9, frequency_penalty=0.4, top_k=30)],
+    ids=["greedy", "sampled"],
+)
+def test_an_answer_that_is_replayed_goes_on_bit_for_bit(
+    cut: int, sampling: SamplingOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16, where a prompt's products are rounded differently from a token's."""
+    engine = engine_of(bundled_folder(), format="bf16", context=256, concurrency=3)
+    asked = [request(name, prompt, 16, sampling) for name, prompt in zip("ab", PAIR, strict=True)]
+    calm = run(engine, asked)
+    fed: list[tuple[int, ...]] = []
+    prefill = Pipeline.prefill
+
+    def noted(self: Pipeline, tokens: Sequence[int], *rest: Any, **options: Any) -> int | None:
+        fed.append(tuple(tokens))
+        return prefill(self, tokens, *rest, **options)
+
+    monkeypatch.setattr(Pipeline, "prefill", noted)
+    resumed = [
+        replace(
+            one,
+            prompt_tokens=(*one.prompt_tokens, *calm[one.id][:cut]),
+            max_new_tokens=16 - cut,
+            resumed_tokens=cut,
+            replays=True,
+        )
+        for one in asked
+    ]
+    # Its slots were another's before, with other options.
+    run(engine, [request("x", [5], 2, SamplingOptions(seed=1, repetition_penalty=1.5))])
+    fed.clear()
+    found = run(engine, resumed)
+    assert found == {name: answer[cut:] for name, answer in calm.items()}
+    assert fed == [one.prompt_tokens for one in asked]
+    engine.close()
+
+
+def test_a_replayed_answer_can_be_cancelled_and_waits_for_company() -> None:
+    engine = engine_of(bundled_folder(), format="fp32", context=256, concurrency=2)
+    calm = run(engine, [request("a", PAIR[0], 12)])["a"]
+    again = replace(request("a", (*PAIR[0], *calm[:8]), 4), resumed_tokens=8, replays=True)
+    engine.submit(again)
+    engine.submit(request("b", PAIR[1], 3))
+    told: list[Any] = []
+    for _ in range(4):
+        told += engine.step()
+    engine.cancel("a")
+    while not engine.idle:
+        told += engine.step()
+    ends = {event.request_id: event for event in told if isinstance(event, FinishedEvent)}
+    assert (ends["a"].reason, ends["a"].new_tokens) == ("cancelled", 0)
+    assert (ends["b"].reason, ends["b"].new_tokens) == ("length", 3)
+    assert run(engine, [again])["a"] == calm[8:]
+    engine.close()
 
 
 @pytest.mark.usefixtures("ahead")

@@ -13,9 +13,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, field
 
 from oomproof.engine.admission import check_request
 from oomproof.engine.messages import Event, FinishedEvent, FinishReason, Request, TokenEvent
@@ -23,6 +21,11 @@ from oomproof.engine.native.device import NativeDevice
 from oomproof.engine.native.kv_pool import PageAllocator
 from oomproof.engine.native.meter import NativeMeter
 from oomproof.engine.native.pipeline import Drawn, Pipeline
+from oomproof.engine.native.workspaces import (
+    clear_workspaces,
+    give_up_workspaces,
+    keep_workspaces,
+)
 from oomproof.loading.devices import release_devices
 from oomproof.memory.native import chunk_tokens, layer_pages
 from oomproof.memory.terms import DeviceTerms
@@ -42,11 +45,12 @@ class _Active:
     """Tokens to process next: what is left of the prompt, or the last token drawn."""
     new_tokens: int = 0
     retired: bool = False
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the prompt is done."""
-        return self.new_tokens > 0
+    replay: deque[int] = field(default_factory=deque)
+    """Tokens of its answer that come after `pending`, whatever is drawn; see Request.replays."""
+    decodes: bool = False
+    """Whether the prompt is done."""
+    replays: bool = False
+    """Whether `pending` is one of those, and its draw not known to the sampler yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class NativeEngine:
         self._cancelled: set[str] = set()
         self._flying: _Flight | None = None
         """What is being computed."""
+        keep_workspaces(self)
         self._pipeline.capture(self._chunk)
         self._flies_ahead = self._pipeline.is_recorded
         meter.captured()
@@ -163,8 +168,8 @@ class NativeEngine:
         self._waiting.clear()
         self._pipeline = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_up_workspaces(self)
+        clear_workspaces()
         release_devices(self._plan)
 
     @property
@@ -197,12 +202,23 @@ class NativeEngine:
         for device in pipeline.devices:
             if device.pool is not None:
                 device.pool.assign(slot, taken)
-        sampling = request.sampling
-        pipeline.sampler.admit(
-            slot, sampling, sampling.seed, request.prompt_tokens, request.resumed_tokens
+        prompt = len(request.prompt_tokens) - (request.resumed_tokens if request.replays else 0)
+        active = _Active(
+            request=request,
+            slot=slot,
+            pending=request.prompt_tokens[:prompt],
+            replay=deque(request.prompt_tokens[prompt:]),
         )
-        self._active.append(_Active(request=request, slot=slot, pending=request.prompt_tokens))
+        if not active.replay:
+            self._admit_to_sampler(active)
+        self._active.append(active)
         return True
+
+    def _admit_to_sampler(self, active: _Active) -> None:
+        request, sampling = active.request, active.request.sampling
+        self._running.sampler.admit(
+            active.slot, sampling, sampling.seed, request.prompt_tokens, request.resumed_tokens
+        )
 
     def _prefill(self, active: _Active) -> list[_Outcome]:
         piece = self._running.piece_of(min(len(active.pending), 2 * self._chunk))
@@ -213,11 +229,14 @@ class NativeEngine:
             tokens,
             active.position,
             active.slot,
-            draws=not rest,
+            draws=not rest and not active.replay,
             greedy=sampling.is_plain_argmax,
         )
         active.position += len(tokens)
         active.pending = rest
+        if not rest and active.replay:
+            active.pending = (active.replay.popleft(),)
+            active.decodes = active.replays = True
         if turn is None:
             return []
         drawn = self._running.read(turn, 1, logprobs=sampling.logprobs is not None)
@@ -225,6 +244,11 @@ class NativeEngine:
 
     def _launch(self, decoding: list[_Active]) -> _Flight:
         """A decode step of these requests, whose tokens `_land` receives."""
+        for active in decoding:
+            if active.replays and not active.replay:
+                # What was drawn for its slot until now was nobody's; from here on it is its own.
+                self._admit_to_sampler(active)
+                active.replays = False
         greedy = all(active.request.sampling.is_plain_argmax for active in decoding)
         turn = self._running.decode(
             [active.pending[0] for active in decoding],
@@ -245,6 +269,7 @@ class NativeEngine:
             return False
         return len(self._active) == len(flight.rows) and all(
             not active.retired
+            and not active.replay
             and active.new_tokens + 1 < active.request.max_new_tokens
             and active.request.sampling.logprobs is None
             for active in flight.rows
@@ -267,15 +292,20 @@ class NativeEngine:
         rows = flight.rows
         wants_logprobs = any(active.request.sampling.logprobs is not None for active in rows)
         drawn = self._running.read(flight.turn, len(rows), logprobs=wants_logprobs)
-        return [
-            self._receive(active, drawn, row)
-            for row, active in enumerate(rows)
-            if not active.retired and active.request.id not in self._cancelled
-        ]
+        outcomes = []
+        for row, active in enumerate(rows):
+            if active.retired or active.request.id in self._cancelled:
+                continue
+            if active.replay:
+                active.pending = (active.replay.popleft(),)
+            else:
+                outcomes.append(self._receive(active, drawn, row))
+        return outcomes
 
     def _receive(self, active: _Active, drawn: Drawn, row: int) -> _Outcome:
         """Decides what becomes of a token that was drawn."""
         request, token = active.request, drawn.tokens[row]
+        active.decodes = True
         is_handed_out = token not in request.stop_tokens
         finished: FinishReason | None = None if is_handed_out else "stop"
         if is_handed_out:

@@ -13,6 +13,7 @@ from oomproof.engine.native.device import NativeDevice
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.meter import NativeMeter
 from oomproof.engine.native.warm import start_warming
+from oomproof.engine.native.workspaces import clear_workspaces
 from oomproof.errors import CheckpointError, NotRunnableError
 from oomproof.hardware.spec import Hardware
 from oomproof.loading.pipeline import load_checkpoint, load_random
@@ -174,9 +175,8 @@ def _start(
         for device in devices:
             if device.device.type == "cuda":
                 torch.cuda.synchronize(device.device)
-                # The one that cuBLAS was given while warming up: steps run on another stream.
-                torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - torch's notes on CUDA name it
-                torch.cuda.empty_cache()
+        # The one that cuBLAS was given while warming up: steps run on another stream.
+        clear_workspaces()
         meter.weights_loaded()
         for device in devices:
             device.allocate_pools()

@@ -10,6 +10,9 @@ import torch
 
 from oomproof.errors import LoadError, MissingDependencyError, OomproofError
 
+_MULTIPLIED: set[torch.device] = set()
+"""GPUs for which cuBLAS has made a handle."""
+
 
 class Warming:
     """A call in a thread of its own, whose failure is told when it is joined.
@@ -79,7 +82,10 @@ def _launch_first(device: torch.device, also: Callable[[], None]) -> None:
     gate = torch.zeros((1, 1), dtype=torch.bfloat16, device=device)
     with torch.cuda.device(device):
         gate_triton.silu_mul(gate, gate, gate)
-        # cuBLAS makes its handle at the first product.
-        torch.mm(gate, gate)
+        # cuBLAS makes its handle at the first product. torch takes it from this thread when that
+        # ends, and gives it to the next who multiplies: a second one here would stay idle.
+        if device not in _MULTIPLIED:
+            torch.mm(gate, gate)
+            _MULTIPLIED.add(device)
         torch.cuda.synchronize(device)
     also()
