@@ -123,7 +123,7 @@ class MadeUpWorld:
     def __init__(self) -> None:
         self._bound: int | None = None
         self._taken = 0
-        self._back_at = float("inf")
+        self._slept_s, self._back_s = 0.0, float("inf")
         self.machine = Machine(
             measure=self._measure,
             holders=lambda _plan: (
@@ -131,12 +131,17 @@ class MadeUpWorld:
                 if self._taken
                 else ()
             ),
-            sleep=lambda seconds: time.sleep(seconds / SLOWNESS),
+            sleep=self._sleep,
         )
+
+    def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds / SLOWNESS)
+        self._slept_s += seconds / SLOWNESS
 
     def _measure(self, plan: Plan) -> Hardware:
         hardware = measure(plan)
-        if time.monotonic() > self._back_at:
+        # By what was slept, not by the clock: a busy machine must not bring it back by itself.
+        if self._slept_s >= self._back_s:
             self._taken = 0
         devices = tuple(
             replace(one, free_bytes=max(0, one.free_bytes - self._taken))
@@ -166,7 +171,7 @@ class MadeUpWorld:
         """Takes it from what is measured."""
         free = measure_free(self)
         self._taken += size or max(0, free - left)
-        self._back_at = time.monotonic() + seconds if seconds else float("inf")
+        self._back_s = self._slept_s + seconds if seconds else float("inf")
         try:
             yield self._taken
         finally:
