@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,3 +222,16 @@ def test_two_models_answer_side_by_side() -> None:
         alone = first.generate("hello", seed=1, max_new_tokens=6)
         streams = [model.stream("hello", seed=1, max_new_tokens=6) for model in (first, second)]
         assert ["".join(stream) for stream in reversed(streams)][1] == alone
+
+
+def test_a_fresh_process_measures_the_model_on_a_processor_and_no_imports() -> None:
+    script = (
+        "import oomproof\n"
+        "with oomproof.load('tiny', format='bf16', engine='native', context=256) as model:\n"
+        "    model.generate('It was', max_new_tokens=4, temperature=0)\n"
+        "    print(model.measured_terms()[0].workspace <= model.plan.devices[0].terms.workspace)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["True"], done.stderr

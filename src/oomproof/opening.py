@@ -230,6 +230,12 @@ class _Starter:
             )
             self.texts[key] = defaults, parsing
 
+        if any(device.kind == "cpu" for device in target.plan.devices_in_use):
+            # What the process grows by is measured there: transformers' import is not the model's.
+            parse()
+            _, parsing = self.texts.get(key, (None, None))
+            if parsing is not None:
+                parsing.result()
         engine = start_engine(
             contract,
             folder,
