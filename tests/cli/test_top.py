@@ -98,6 +98,15 @@ def test_a_term_above_its_plan_is_marked() -> None:
     assert [line.split()[0] for line in lines if line.endswith("over")] == ["workspace"]
 
 
+@pytest.mark.usefixtures("gpus")
+def test_what_a_model_went_on_by_is_told_and_counted() -> None:
+    publish(rungs={"free": 2, "kv8": 1})
+    done = invoke("top", "--once")
+    assert "12 requests done in 120 steps; went on by free ×2, kv8 ×1; RSS" in done.out
+    [line] = invoke("top", "--once", "--json").out.splitlines()
+    assert json.loads(line)["running"][0]["rungs"] == {"free": 2, "kv8": 1}
+
+
 def test_on_a_processor_resident_memory_stands_against_the_plan() -> None:
     publish(made=cpu_plan())
     out = invoke("top", "--once").out

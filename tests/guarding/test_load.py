@@ -77,6 +77,7 @@ def test_what_is_known_of_memory_that_ran_out_is_kept_and_the_event_says_where(
     assert len(summary["samples"]) >= 1
     # The engine that went on is the one that `oomproof top` shows, by its own plan.
     assert (running.format, running.requests) == ("fp32", 0)
+    assert running.rungs == {"free": 1}
     assert read_running(status_folder()).statuses == ()
 
 

@@ -71,6 +71,7 @@ def status(
     pid: int | None = None,
     events: tuple[MonitorEvent, ...] = (),
     measured: DeviceTerms | None = None,
+    rungs: dict[str, int] | None = None,
 ) -> Status:
     """Of this process, unless told otherwise."""
     made = made or gpu_plan()
@@ -82,6 +83,7 @@ def status(
         started_at=psutil.Process().create_time(),
         peak_rss_bytes=2 * GIB,
         events=events,
+        rungs=rungs,
     )
 
 

@@ -134,10 +134,13 @@ def _headline(engine: EngineView) -> str:
     on_gpu = any(device.kind != "cpu" for device in status.devices)
     planned = f" of {format_bytes(status.planned_host_bytes)} planned" if on_gpu else ""
     requests = "1 request" if status.requests == 1 else f"{status.requests:,} requests"
+    taken = (f"{name} ×{count}" for name, count in status.rungs.items())
+    rungs = f"; went on by {', '.join(taken)}" if status.rungs else ""
     return (
         f"pid {status.pid}: {status.model} {status.format}, {status.engine} engine, "
         f"{status.context:,} tokens × {status.concurrency}; {requests} done in {status.steps:,} "
-        f"steps; RSS {format_bytes(engine.rss_bytes)}{planned}; told {engine.age_s:.0f} s ago"
+        f"steps{rungs}; RSS {format_bytes(engine.rss_bytes)}{planned}; "
+        f"told {engine.age_s:.0f} s ago"
     )
 
 

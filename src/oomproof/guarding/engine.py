@@ -312,6 +312,8 @@ class GuardedEngine:
                 raise
             failure = replace(failure, while_starting=True)
         else:
+            if isinstance(self.inner, MonitoredEngine) and self.counts:
+                self.inner.sampler.tell_rungs(self.counts)
             return None
         return failure if failure.is_fatal else _worse(free_caches) or failure
 

@@ -73,6 +73,7 @@ class Sampler:
         """The last ones, oldest first."""
         self.events: deque[MonitorEvent] = deque(maxlen=MAX_EVENTS)
         """The last ones, oldest first; also those that are over."""
+        self._rungs: Mapping[str, int] = {}
         self._measured, self._on_event, self._status_file = measured, on_event, status_file
         self._sources = sources or Sources()
         self._clock = self._sources.monotonic
@@ -111,6 +112,11 @@ class Sampler:
         rest = min(MAX_REST_S, REST_PER_WORK * (ended - started))
         self._due = ended + max(INTERVAL_S, rest)
         return taken
+
+    def tell_rungs(self, counts: Mapping[str, int]) -> None:
+        """Publishes by which rungs of the ladder the model came here; see Status."""
+        self._rungs = dict(counts)
+        self._publish(self.samples[-1])
 
     def close(self) -> None:
         """The engine is going: nothing is published of it any more."""
@@ -220,6 +226,7 @@ class Sampler:
             started_at=file.started_at,
             peak_rss_bytes=self._peak_rss,
             events=tuple(self.events),
+            rungs=self._rungs,
         )
         try:
             file.write(status)

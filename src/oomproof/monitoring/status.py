@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -68,6 +69,10 @@ class Status:
     planned_host_bytes: Bytes
     devices: Annotated[tuple[DeviceStatus, ...], Field(max_length=_MAX_DEVICES)]
     events: Annotated[tuple[MonitorEvent, ...], Field(max_length=MAX_EVENTS)] = ()
+    rungs: Annotated[dict[Text, Count], Field(max_length=_MAX_DEVICES)] = field(
+        default_factory=dict
+    )
+    """Rungs of the ladder that it came here by, and how often each was taken."""
 
     def to_json(self) -> bytes:
         """For the status file."""
@@ -92,6 +97,7 @@ def status_of(
     started_at: float,
     peak_rss_bytes: int,
     events: tuple[MonitorEvent, ...],
+    rungs: Mapping[str, int] | None = None,
 ) -> Status:
     """What is told of an engine after a sample."""
     samples = {device.index: device for device in sample.devices}
@@ -124,6 +130,7 @@ def status_of(
             if device.index in samples
         ),
         events=events[-MAX_EVENTS:],
+        rungs=dict(rungs or {}),
     )
 
 
