@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from oomproof.errors import OomproofError
     from oomproof.guarding.retry import executable_batch_size, guard
     from oomproof.planning.plan import Plan
-    from oomproof.session import from_pretrained, hand_off, load, plan, rehearse
+    from oomproof.session import evaluate, from_pretrained, hand_off, load, plan, rehearse
 
 __all__ = [
     "Model",
     "OomproofError",
     "Plan",
     "Stream",
+    "evaluate",
     "executable_batch_size",
     "from_pretrained",
     "guard",
@@ -42,6 +43,7 @@ _HOMES = {
     "OomproofError": "oomproof.errors",
     "Plan": "oomproof.planning.plan",
     "Stream": "oomproof.engine.model",
+    "evaluate": "oomproof.session",
     "executable_batch_size": "oomproof.guarding.retry",
     "from_pretrained": "oomproof.session",
     "guard": "oomproof.guarding.retry",

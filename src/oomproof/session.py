@@ -7,6 +7,7 @@ from_pretrained(model, …)  → an ordinary transformers model, placed by a pla
 rehearse(plan or model, …) → Rehearsal: the plan at full size, with random weights
 bench(plan or model, …)    → BenchReport: its speed against the machine's limits, and a peer's
 tune(plan or model, …)     → TuningReport: the fastest launches of its products here, kept
+evaluate(model, text, …)   → EvalReport: what formats cost on a text, against its 16 bits
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from oomproof.agreement import (
 )
 from oomproof.asking import hand_off, plan
 from oomproof.errors import InputError
+from oomproof.evaluating import evaluate
 from oomproof.guarding.fallback import read_fallback
 from oomproof.measuring import bench, rehearse, tune
 from oomproof.planning.plan import Plan
@@ -39,6 +41,7 @@ __all__ = [
     "RUN_PACKAGES",
     "Progress",
     "bench",
+    "evaluate",
     "from_pretrained",
     "hand_off",
     "load",

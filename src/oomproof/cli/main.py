@@ -15,6 +15,7 @@ from oomproof import __version__
 from oomproof.cli.bench import bench
 from oomproof.cli.chat import chat
 from oomproof.cli.doctor import doctor
+from oomproof.cli.eval import evaluate
 from oomproof.cli.explain import explain
 from oomproof.cli.plan import plan
 from oomproof.cli.rehearse import rehearse
@@ -35,6 +36,7 @@ app.command()(rehearse)
 app.command()(run)
 app.command()(chat)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(doctor)
 app.command()(explain)
 app.command()(top)

@@ -45,8 +45,12 @@ class TransformersTokenizer:
                 f"config.json or the tokenizer's files cannot be read: {_first_line(error)}",
             ) from error
         own = self._tokenizer.eos_token_id
-        self.has_chat_template = bool(self._tokenizer.chat_template)
+        self.chat_template: str | None = _template(self._tokenizer.chat_template)
+        """How the model writes a conversation, None where it does not."""
+        self.has_chat_template = self.chat_template is not None
         """Whether the model knows turns of a conversation."""
+        self.eos_token_id: int | None = own
+        """The token that ends a document, None where the model has none."""
         self.stop_tokens = defaults.stop_tokens | (frozenset() if own is None else {own})
         """Tokens that end an answer."""
 
@@ -59,6 +63,51 @@ class TransformersTokenizer:
         _require_unicode(text)
         return tuple(self._tokenizer.encode(text))
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The special tokens that begin a document; none where the model has none."""
+        marked, plain = (
+            self._tokenizer.encode("a", add_special_tokens=special) for special in (True, False)
+        )
+        return tuple(marked[: next(n for n, token in enumerate(marked) if token == plain[0])])
+
+    def encode_bare(self, text: str) -> list[int]:
+        """Tokens of plain text without those that begin a document.
+
+        Raises:
+            RequestError: The text holds lone surrogates.
+        """
+        _require_unicode(text)
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def render_chat(self, messages: Sequence[Message], *, begins_answer: bool = True) -> str:
+        """A conversation as the model's template writes it.
+
+        Args:
+            messages: Its turns.
+            begins_answer: Whether an answer of the model's comes next; else the last turn goes on.
+
+        Raises:
+            RequestError: The template refuses the roles or their order, or fails.
+        """
+        return str(self._chat(messages, tokenize=False, begins_answer=begins_answer))
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Tokens of plain text without special ones, and the character where each ends.
+
+        Raises:
+            RequestError: The text holds lone surrogates, or the tokenizer cannot tell where.
+        """
+        _require_unicode(text)
+        if not self._tokenizer.is_fast:
+            raise RequestError(
+                "this model's tokenizer does not tell where its tokens end in a text"
+            )
+        found = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+
     def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Tokens of a conversation, up to where the answer begins.
 
@@ -68,22 +117,34 @@ class TransformersTokenizer:
         """
         for message in messages:
             _require_unicode("".join(message.values()))
+        return tuple(self._chat(messages, return_dict=True)["input_ids"])
+
+    def _chat(
+        self, messages: Sequence[Message], *, begins_answer: bool = True, **options: bool
+    ) -> Any:
         try:
-            encoded = self._tokenizer.apply_chat_template(
+            return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                add_generation_prompt=True,
-                return_dict=True,
+                add_generation_prompt=begins_answer,
+                continue_final_message=not begins_answer,
+                **options,
             )
         except Exception as error:
             # A template is code of the model's: it can fail with any exception there is.
             raise RequestError(
                 f"the model's chat template refuses this: {_first_line(error)}"
             ) from error
-        return tuple(encoded["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _template(found: Any) -> str | None:
+    """A tokenizer may have several by name."""
+    if isinstance(found, dict):
+        found = found.get("default") or next(iter(found.values()), None)
+    return str(found) if found else None
 
 
 def _first_line(error: Exception) -> str:

@@ -152,3 +152,13 @@ class FinishedEvent:
 
 
 Event = TokenEvent | FinishedEvent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenScore:
+    """How likely a given token is after those before it."""
+
+    logprob: float
+    """In nats, in the model's own distribution."""
+    is_most_likely: bool
+    """Whether no other is more likely."""

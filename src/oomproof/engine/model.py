@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Annotated, Any, Protocol, Self, TypeVar
+from typing import Annotated, Any, Protocol, Self, TypeVar, cast
 
 from pydantic import Field
 
@@ -19,10 +19,11 @@ from oomproof.engine.messages import (
     FinishReason,
     Request,
     SamplingOptions,
+    TokenScore,
 )
-from oomproof.engine.protocol import Engine, HasPlan
+from oomproof.engine.protocol import Engine, HasPlan, Scores
 from oomproof.engine.text import IncrementalDecoder, StopScanner, read_stops
-from oomproof.errors import RequestError
+from oomproof.errors import NotRunnableError, RequestError
 from oomproof.memory.terms import DeviceTerms
 from oomproof.planning.plan import Plan
 
@@ -33,6 +34,8 @@ Message = Mapping[str, str]
 """A turn of a conversation: {"role": "user", "content": "…"}."""
 Prompt = str | Sequence[Message]
 """A user's message, or a whole conversation."""
+Tokens = Sequence[int]
+"""A prompt as it is, without a template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +208,7 @@ class Model:
 
     def stream(  # noqa: PLR0913 - one keyword an option of the command line
         self,
-        prompt: Prompt,
+        prompt: Prompt | Tokens,
         *,
         raw: bool = False,
         max_new_tokens: int | None = None,
@@ -223,7 +226,7 @@ class Model:
         """Begins an answer.
 
         Args:
-            prompt: A user's message, or the turns of a conversation.
+            prompt: A user's message, the turns of a conversation, or tokens.
             raw: Continue the text as it stands, without the model's chat template.
             max_new_tokens: Bound of the answer; None for 512, or what the context has room for.
             temperature: 0 takes the most likely token each time; None for the model's own, or 1.
@@ -303,6 +306,33 @@ class Model:
             raise
         return ["".join(stream) for stream in streams]
 
+    def score(self, tokens: Sequence[int], first: int = 1) -> Sequence[TokenScore]:
+        """How likely tokens of a text are, each after all before it; no answer may be on its way.
+
+        Args:
+            tokens: At least two.
+            first: Index of the first to score, at least 1.
+
+        Raises:
+            RequestError: The tokens do not fit in the planned context, or are too few.
+            NotRunnableError: The engine does not tell.
+        """
+        if not 1 <= first < len(tokens):
+            raise RequestError(
+                f"token {first} of {len(tokens)} cannot be scored: it is from 1 to the last, "
+                "after at least one other"
+            )
+        if self._streams:
+            raise RequestError(
+                f"{len(self._streams)} answers are on their way", remedy="read them to their end"
+            )
+        if not isinstance(self._engine, Scores):
+            raise NotRunnableError(
+                "this engine does not tell how likely given tokens are",
+                remedy="load with worker=False and the native engine",
+            )
+        return self._engine.score(tokens, first)
+
     def advance(self) -> None:
         """One step of the engine; its events go to their streams."""
         for event in self._engine.step():
@@ -337,7 +367,10 @@ class Model:
     ) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt, *, raw: bool) -> tuple[int, ...]:
+    def _encode(self, prompt: Prompt | Tokens, *, raw: bool) -> tuple[int, ...]:
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+            return tuple(cast("Tokens", prompt))
+        prompt = cast("Prompt", prompt)
         if raw or not self.tokenizer.has_chat_template:
             if isinstance(prompt, str):
                 return self.tokenizer.encode(prompt)

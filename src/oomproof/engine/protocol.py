@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from oomproof.engine.messages import Event, Request
+from oomproof.engine.messages import Event, Request, TokenScore
 from oomproof.memory.terms import DeviceTerms
 from oomproof.planning.plan import Plan
 
@@ -44,3 +44,19 @@ class HasPlan(Protocol):
     @property
     def plan(self) -> Plan:
         """The plan it runs by now."""
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """An engine that tells how likely given tokens are."""
+
+    def score(self, tokens: Sequence[int], first: int) -> Sequence[TokenScore]:
+        """How likely tokens first, first + 1, … are, each after all before it; while idle.
+
+        Args:
+            tokens: Of one text.
+            first: At least 1.
+
+        Raises:
+            RequestError: The tokens do not fit in the planned context.
+        """

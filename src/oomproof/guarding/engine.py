@@ -14,12 +14,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 from oomproof.engine.admission import check_request
-from oomproof.engine.messages import Event, Request
-from oomproof.engine.protocol import Engine
+from oomproof.engine.messages import Event, Request, TokenScore
+from oomproof.engine.protocol import Engine, Scores
 from oomproof.errors import (
     EngineFaultError,
     InputError,
     LadderExhaustedError,
+    NotRunnableError,
     OomproofError,
     RequestError,
 )
@@ -165,6 +166,20 @@ class GuardedEngine:
             self._recover(failure)
         ready, self._ready = self._ready, []
         return [*ready, *self._record(events or ())]
+
+    def score(self, tokens: Sequence[int], first: int) -> Sequence[TokenScore]:
+        """How likely given tokens are; see Scores. It recovers as `step` does, and asks again.
+
+        Raises:
+            NotRunnableError: The engine does not tell.
+            LadderExhaustedError, EngineFaultError: As `step`.
+        """
+        while True:
+            self._check()
+            scores, failure = self._attempt(lambda inner: _score(inner, tokens, first))
+            if failure is None:
+                return scores or ()
+            self._recover(failure)
 
     def measured_terms(self) -> Mapping[int, DeviceTerms]:
         """Device index → bytes measured so far, of the engine that runs now."""
@@ -395,3 +410,11 @@ def _worse(give_back: Callable[[], None]) -> Failure | None:
             raise
         return failure if failure.is_fatal else None
     return None
+
+
+def _score(inner: Engine, tokens: Sequence[int], first: int) -> Sequence[TokenScore]:
+    if not isinstance(inner, Scores):
+        raise NotRunnableError(
+            "this engine does not tell how likely given tokens are", remedy="use --engine native"
+        )
+    return inner.score(tokens, first)

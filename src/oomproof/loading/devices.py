@@ -24,9 +24,7 @@ def prepare_devices(plan: Plan, hardware: Hardware) -> None:
         HardwareError: A planned device is absent, or torch numbers the devices differently.
         PlanDoesNotFitError: A device has less free memory now than the plan needs.
     """
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    if not any(variable in os.environ for variable in _ALLOCATOR_VARIABLES):
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    set_up_cuda()
     present = {device.index: device for device in hardware.devices}
     for device in plan.devices_in_use:
         found = present.get(device.index)
@@ -47,7 +45,7 @@ def prepare_devices(plan: Plan, hardware: Hardware) -> None:
             )
         if device.kind != "cuda":
             continue
-        _check_cuda(device)
+        check_cuda(device.index, device.uuid)
         if device.limit_bytes is not None:
             _cap(device, device.limit_bytes)
 
@@ -59,21 +57,37 @@ def release_devices(plan: Plan) -> None:
             torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
-def _check_cuda(device: DevicePlan) -> None:
+def set_up_cuda() -> None:
+    """CUDA's device order and the allocator's segments, where the user did not say."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if not any(variable in os.environ for variable in _ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def check_cuda(index: int, uuid: str | None) -> None:
+    """Whether torch can use a GPU, and means the same one.
+
+    Args:
+        index: CUDA's ordinal.
+        uuid: NVML's, None where it is not known.
+
+    Raises:
+        HardwareError: It does not.
+    """
     if not torch.cuda.is_available():
         raise HardwareError(
             "NVML sees a GPU, but torch cannot use CUDA",
             remedy="install a CUDA build of torch for this driver (see `oomproof doctor`)",
         )
-    if device.index >= torch.cuda.device_count():
+    if index >= torch.cuda.device_count():
         raise HardwareError(
-            f"the plan uses GPU {device.index}, torch sees {torch.cuda.device_count()} GPUs",
+            f"the plan uses GPU {index}, torch sees {torch.cuda.device_count()} GPUs",
             remedy="check CUDA_VISIBLE_DEVICES",
         )
-    uuid = str(torch.cuda.get_device_properties(device.index).uuid)
-    if device.uuid is not None and uuid not in device.uuid:
+    found = str(torch.cuda.get_device_properties(index).uuid)
+    if uuid is not None and found not in uuid:
         raise HardwareError(
-            f"device {device.index} is {device.uuid} in the plan and GPU-{uuid} for torch",
+            f"device {index} is {uuid} in the plan and GPU-{found} for torch",
             remedy="set CUDA_DEVICE_ORDER=PCI_BUS_ID before starting Python",
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from oomproof.engine.messages import Event, FinishedEvent, Request
-from oomproof.engine.protocol import Engine
+from oomproof.engine.messages import Event, FinishedEvent, Request, TokenScore
+from oomproof.engine.protocol import Engine, Scores
+from oomproof.errors import NotRunnableError
 from oomproof.memory.terms import DeviceTerms
 from oomproof.monitoring.events import OnEvent
 from oomproof.monitoring.sampler import Sampler, open_status_file
@@ -49,6 +50,19 @@ class MonitoredEngine:
             finished += isinstance(event, FinishedEvent)
         self.sampler.after_step(finished)
         return events
+
+    def score(self, tokens: Sequence[int], first: int) -> Sequence[TokenScore]:
+        """How likely given tokens are; see Scores.
+
+        Raises:
+            NotRunnableError: The engine does not tell.
+        """
+        if not isinstance(self.engine, Scores):
+            raise NotRunnableError(
+                "this engine does not tell how likely given tokens are",
+                remedy="use --engine native",
+            )
+        return self.engine.score(tokens, first)
 
     def measured_terms(self) -> Mapping[int, DeviceTerms]:
         """Device index → bytes measured so far, under the names of the plan's terms."""

@@ -16,11 +16,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from oomproof.engine.admission import check_request
-from oomproof.engine.messages import Event, FinishedEvent, FinishReason, Request, TokenEvent
+from oomproof.engine.messages import (
+    Event,
+    FinishedEvent,
+    FinishReason,
+    Request,
+    TokenEvent,
+    TokenScore,
+)
 from oomproof.engine.native.device import NativeDevice
 from oomproof.engine.native.kv_pool import PageAllocator
 from oomproof.engine.native.meter import NativeMeter
 from oomproof.engine.native.pipeline import Drawn, Pipeline
+from oomproof.engine.native.scoring import check_tokens, score_tokens
 from oomproof.engine.native.workspaces import (
     clear_workspaces,
     give_up_workspaces,
@@ -153,6 +161,26 @@ class NativeEngine:
                 self._flying = self._launch(decoding)
         self._meter.sample()
         return [*dropped, *(event for one in outcomes for event in _events(one))]
+
+    def score(self, tokens: Sequence[int], first: int) -> Sequence[TokenScore]:
+        """How likely tokens first, first + 1, … are, each after all before it; see Scores."""
+        if not self.idle:
+            raise RuntimeError("tokens are scored while no request is running")
+        check_tokens(tokens, context=self._plan.context, vocab_size=self._spec.vocab_size)
+        pipeline = self._running
+        pipeline.wait()
+        self._flying = None
+        slot = self._free_slots[-1]
+        taken = {window: pages.take(slot, len(tokens)) for window, pages in self._pages.items()}
+        try:
+            with pipeline.streams():
+                for device in pipeline.devices:
+                    if device.pool is not None:
+                        device.pool.assign(slot, taken)
+                return score_tokens(pipeline, tokens, first, slot=slot, chunk=self._chunk)
+        finally:
+            for pages in self._pages.values():
+                pages.give_back(slot)
 
     def measured_terms(self) -> Mapping[int, DeviceTerms]:
         """Device index → bytes measured so far."""

@@ -134,6 +134,18 @@ class Pipeline:
             return self._bring(_PROMPTS_TURN)
         return None
 
+    def logits(self, first: int, end: int) -> Iterator[torch.Tensor]:
+        """Those of rows first … end - 1 of the last `prefill`, some at a time, on the host.
+
+        As many as there are requests at once: the buffers are theirs.
+        """
+        assert self._last.final_norm is not None
+        for begin in range(first, end, self._requests):
+            rows = min(self._requests, end - begin)
+            self._head.receive(self._last.final_norm.run(begin, rows))
+            # Always as many: no other product than those of decode steps is looked for.
+            yield self._head.run(self._requests)[:rows].cpu()
+
     def decode(
         self,
         tokens: Sequence[int],

@@ -1,0 +1,191 @@
+"""A model's weights, one unit at a time: read once, then quantized into each format in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from oomproof.engine.native.layout import Block, lay_out_block, name_in_layer
+from oomproof.engine.native.weights import LayerWeights, Parameter
+from oomproof.errors import CheckpointError
+from oomproof.evaluation.levels import HistogramCounter
+from oomproof.evaluation.needs import (
+    absmax_numel,
+    block_bytes,
+    slice_rows,
+    source_bytes,
+    unit_tensors,
+)
+from oomproof.formats import DType, get_format
+from oomproof.loading.pipeline import load_checkpoint
+from oomproof.loading.targets import Target
+from oomproof.memory.arena import ALIGNMENT_BYTES
+from oomproof.memory.profiles import EngineProfile
+from oomproof.memory.weights import stored
+from oomproof.models.spec import ModelSpec, Role, TensorSpec
+from oomproof.quantization.rows import parts_of_rows
+from oomproof.units import round_up
+
+
+class StreamedWeights:
+    """One unit in one format, in memory that is allocated once.
+
+    Args:
+        spec: The model, with the headers of its checkpoint.
+        folder: Where its files are.
+        formats: All that will be asked for.
+        compute_dtype: Of what is not quantized.
+        device: Where everything is.
+        profile: Of the native engine there.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        folder: Path,
+        formats: Sequence[str],
+        compute_dtype: DType,
+        device: torch.device,
+        profile: EngineProfile,
+    ) -> None:
+        if spec.checkpoint is None:
+            raise CheckpointError(str(folder), "holds no safetensors files")
+        self._spec, self._folder, self._profile = spec, folder, profile
+        self._checkpoint = spec.checkpoint
+        self._dtypes = {tensor.name: tensor.dtype for tensor in self._checkpoint.tensors}
+        self._compute_dtype = compute_dtype
+        self._units = unit_tensors(spec)
+        sizes = [source_bytes(spec, unit) for unit in self._units]
+        blocks = [
+            block_bytes(unit, name, compute_dtype, profile)
+            for unit in self._units
+            for name in formats
+        ]
+        absmax = max(absmax_numel(unit) for unit in self._units)
+        self._source_memory = torch.empty(max(sizes), dtype=torch.uint8, device=device)
+        self._memory = torch.empty(max(blocks), dtype=torch.uint8, device=device)
+        self._workspace = torch.empty(absmax, dtype=torch.float32, device=device)
+        self._sources: dict[str, torch.Tensor] = {}
+        self._device = device
+        self.unit_bytes = tuple(sizes)
+        """Of each unit, in the order in which they are read."""
+
+    def read(self, unit: int) -> None:
+        """Brings a unit's tensors as the checkpoint has them, in place of the last one's.
+
+        Raises:
+            CheckpointError, LoadError: As load_checkpoint.
+        """
+        # What is computed still may read what the loader's own streams will write, and after it.
+        self._wait()
+        self._sources = {}
+        offset = 0
+        targets = []
+        for tensor in self._units[unit]:
+            dtype: torch.dtype = getattr(torch, self._dtypes.get(tensor.name, self._spec.dtype))
+            size = tensor.numel * dtype.itemsize
+            place = self._source_memory[offset : offset + size].view(dtype).view(tensor.shape)
+            offset += round_up(size, ALIGNMENT_BYTES)
+            self._sources[tensor.name] = place
+            targets.append(
+                Target(
+                    name=tensor.name,
+                    shape=tensor.shape,
+                    device=self._device,
+                    store=_never,
+                    place=place,
+                )
+            )
+        load_checkpoint(
+            self._folder,
+            self._checkpoint,
+            targets,
+            ignored=lambda name: name not in self._sources,
+        )
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def plain(self, unit: int, role: Role) -> torch.Tensor:
+        """A tensor of the unit that was read, in the compute dtype."""
+        found = next(tensor for tensor in self._units[unit] if tensor.role is role)
+        dtype: torch.dtype = getattr(torch, self._compute_dtype)
+        begin = 0
+        for tensor in self._units[unit]:
+            size = tensor.numel * dtype.itemsize
+            if tensor is found:
+                place = self._memory[begin : begin + size].view(dtype).view(tensor.shape)
+                return place.copy_(self._sources[tensor.name])
+            begin += round_up(size, ALIGNMENT_BYTES)
+        raise AssertionError("unreachable")
+
+    def layer(self, unit: int, format_name: str) -> tuple[LayerWeights, Block]:
+        """The layer that was read, in a format, in place of the last one."""
+        weight_format = get_format(format_name)
+        held = [
+            (tensor, stored(tensor, weight_format, self._compute_dtype, self._roles))
+            for tensor in self._units[unit]
+        ]
+        block = lay_out_block(held, format_name)
+        for placed in block.placed:
+            self._fill(Parameter(placed, self._memory))
+        return LayerWeights(block, self._memory), block
+
+    @property
+    def _roles(self) -> frozenset[Role]:
+        return self._profile.quantized_roles
+
+    def _fill(self, parameter: Parameter) -> None:
+        source = self._sources[parameter.placed.spec.name]
+        target = parameter.target(self._workspace)
+        if target.place is not None:
+            target.place.copy_(source)
+            return
+        for first, end in _slices(source):
+            target.store(source[first:end], first)
+        if target.finish is not None:
+            target.finish()
+
+    def errors(self, block: Block) -> Mapping[str, tuple[float, float]]:
+        """Linear → (squared error, squared weights) of the layer as it was filled last."""
+        found: dict[str, torch.Tensor] = {}
+        for placed in block.placed:
+            if not placed.held.quantized:
+                continue
+            parameter = Parameter(placed, self._memory)
+            shape = placed.matrix_shape
+            sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+            for first, end, source in self._linear_slices(placed.spec):
+                parts = parts_of_rows(parameter.parts, shape, first, end)
+                there = parameter.handler.decode(parts, (end - first, shape[1]), torch.float32)
+                sums[1] += source.square().sum()
+                sums[0] += there.sub_(source).square_().sum()
+            found[name_in_layer(placed.spec).removesuffix(".weight")] = sums
+        return {name: (float(sums[0]), float(sums[1])) for name, sums in found.items()}
+
+    def count(self, unit: int, counter: HistogramCounter) -> None:
+        """Adds the linears of the layer that was read to a histogram."""
+        for tensor in self._units[unit]:
+            if tensor.role in self._roles and len(tensor.shape) == 2:
+                for _, _, source in self._linear_slices(tensor):
+                    counter.add(source)
+
+    def _linear_slices(self, spec: TensorSpec) -> Iterator[tuple[int, int, torch.Tensor]]:
+        source = self._sources[spec.name]
+        for first, end in _slices(source):
+            yield first, end, source[first:end].float()
+
+
+def _slices(source: torch.Tensor) -> Iterator[tuple[int, int]]:
+    rows, columns = source.shape
+    step = slice_rows(columns)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def _never(_source: torch.Tensor, _first_row: int) -> None:
+    raise AssertionError("what has a place of its own dtype is read straight there")
