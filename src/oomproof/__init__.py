@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from oomproof.errors import OomproofError
     from oomproof.guarding.retry import executable_batch_size, guard
     from oomproof.planning.plan import Plan
-    from oomproof.session import evaluate, from_pretrained, hand_off, load, plan, rehearse
+    from oomproof.session import evaluate, from_pretrained, hand_off, load, plan, quantize, rehearse
 
 __all__ = [
     "Model",
@@ -35,6 +35,7 @@ __all__ = [
     "hand_off",
     "load",
     "plan",
+    "quantize",
     "rehearse",
 ]
 
@@ -50,6 +51,7 @@ _HOMES = {
     "hand_off": "oomproof.session",
     "load": "oomproof.session",
     "plan": "oomproof.session",
+    "quantize": "oomproof.session",
     "rehearse": "oomproof.session",
 }
 

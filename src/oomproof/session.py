@@ -8,6 +8,7 @@ rehearse(plan or model, …) → Rehearsal: the plan at full size, with random w
 bench(plan or model, …)    → BenchReport: its speed against the machine's limits, and a peer's
 tune(plan or model, …)     → TuningReport: the fastest launches of its products here, kept
 evaluate(model, text, …)   → EvalReport: what formats cost on a text, against its 16 bits
+quantize(model, out, …)    → QuantizeReport: a folder with its checkpoint in 4 bits
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ from oomproof.evaluating import evaluate
 from oomproof.guarding.fallback import read_fallback
 from oomproof.measuring import bench, rehearse, tune
 from oomproof.planning.plan import Plan
+from oomproof.planning.spelled import read_bytes
+from oomproof.units import format_bytes
 
 if TYPE_CHECKING:
+    from oomproof.conversion.quantize import QuantizeReport
     from oomproof.engine.model import Model
     from oomproof.guarding.engine import OnEvent
 
@@ -46,9 +50,11 @@ __all__ = [
     "hand_off",
     "load",
     "plan",
+    "quantize",
     "rehearse",
     "require_run_packages",
     "tune",
+    "verify",
 ]
 
 
@@ -141,6 +147,83 @@ def from_pretrained(
         progress=of_stage(progress, "load"),
         trust_remote_code=trust_remote_code,
     )
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str = "nf4-dq",  # noqa: A002 - the command line's word
+    dtype: str = "auto",
+    device: str = "auto",
+    shard: str | int = "1GiB",
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Writes a model's checkpoint in 4 bits, as a folder that transformers and `load` read.
+
+    Memory is bounded by the largest weight's codes, whatever the model's size. A model of the hub
+    is quantized while it downloads, a shard at a time. The folder appears when it is whole; a run
+    that was ended goes on where it was.
+
+    Args:
+        model: As for `plan`.
+        out: The folder to make; it must not exist, or be empty.
+        format: "nf4", "nf4-dq", "fp4" or "fp4-dq".
+        dtype: Of what is not quantized, and computed in: "bfloat16", "float16", "float32", or
+            "auto": the checkpoint's own where it has 16 bits.
+        device: What quantizes: "cpu", "cuda", "cuda:1", or "auto": a GPU where there is one.
+        shard: The most that a file has.
+        revision: Branch, tag or commit of a hub id.
+        progress: Told of bytes downloaded and quantized.
+
+    Raises:
+        InputError: Any of these cannot be understood or served.
+        CheckpointError: The source is damaged, or the disk is full; what is finished is kept.
+    """
+    require_run_packages()
+    from oomproof.conversion.layout import MIN_SHARD_BYTES
+    from oomproof.conversion.quantize import prepare, run
+    from oomproof.models.resolve import resolve, with_checkpoint
+
+    shard_bytes = read_bytes(shard, "shard") or 0
+    if shard_bytes < MIN_SHARD_BYTES:
+        raise InputError(
+            f"shard {str(shard)[:40]!r} is less than {format_bytes(MIN_SHARD_BYTES)}",
+            remedy="leave --shard out",
+        )
+    spec = with_checkpoint(resolve(str(model), revision=revision))
+    job = prepare(
+        spec,
+        Path(out),
+        format_name=format,
+        dtype=dtype,
+        device=device,
+        shard_bytes=shard_bytes,
+        told=progress,
+    )
+    return run(job, progress)
+
+
+def verify(folder: str | Path) -> int:
+    """Compares every file of a folder that `quantize` wrote with its digest.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        InputError: The folder has no manifest.
+        CheckpointError: A file is missing or damaged.
+    """
+    from oomproof.conversion.manifest import MANIFEST_FILE
+    from oomproof.conversion.manifest import verify as compare
+
+    manifest = compare(Path(folder))
+    if manifest is None:
+        raise InputError(
+            f"{folder} has no {MANIFEST_FILE}", remedy="give a folder that `quantize` wrote"
+        )
+    return len(manifest.files)
 
 
 def _require_transformers(agreed: Plan) -> None:

@@ -50,16 +50,26 @@ def start_engine(
 
     Raises:
         LoadError: The checkpoint does not give what the plan promises.
+        CheckpointError: A file is damaged.
         PlanDoesNotFitError: A device has less free memory now than the plan needs.
     """
+    from oomproof.conversion.manifest import verifying
     from oomproof.loading.devices import prepare_devices, release_devices
 
     prepare_devices(contract.plan, contract.hardware)
+    engine: Engine | None = None
     try:
-        return _start(contract, folder, progress, on_reading, trust_remote_code=trust_remote_code)
+        # What `quantize` wrote has digests; the processor compares them while the disk is read.
+        with verifying(folder):
+            engine = _start(
+                contract, folder, progress, on_reading, trust_remote_code=trust_remote_code
+            )
     except BaseException:
+        if engine is not None:
+            engine.close()
         release_devices(contract.plan)
         raise
+    return engine
 
 
 def _start(

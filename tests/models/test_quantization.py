@@ -223,12 +223,14 @@ def test_fp8_below_its_capability_is_refused_and_never_doubled() -> None:
     assert round(weights_of(plan) / 1e9) == 487
 
 
-def test_a_4_bit_checkpoint_takes_what_quantizing_its_source_takes() -> None:
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_a_4_bit_checkpoint_takes_what_quantizing_its_source_takes(engine: str) -> None:
     config = resolve("llama-3.1-8b").config
     spec = spec_of({**config, "quantization_config": NF4_DQ})
-    ours = planned(resolve("llama-3.1-8b"), "24GiB", format="nf4-dq", engine="transformers")
-    theirs = planned(spec, "24GiB")
-    assert (theirs.format, theirs.engine, theirs.runnable) == ("nf4-dq", "transformers", True)
+    ours = planned(resolve("llama-3.1-8b"), "24GiB", format="nf4-dq", engine=engine)
+    theirs = planned(spec, "24GiB", engine=engine)
+    assert (theirs.format, theirs.engine, theirs.runnable) == ("nf4-dq", engine, True)
+    assert planned(spec, "24GiB").engine == "native"
     assert theirs.devices[0].terms == ours.devices[0].terms
     assert theirs.download_bytes < 0.4 * ours.download_bytes
 

@@ -182,17 +182,20 @@ def test_old_cards_are_offered_what_transformers_runs_there() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
     ],
     ids=lambda fields: str(fields["quant_method"]),
 )
-def test_a_checkpoint_that_is_quantized_already_is_not_ours(fields: dict[str, object]) -> None:
+def test_a_checkpoint_that_is_quantized_otherwise_is_not_ours(fields: dict[str, object]) -> None:
     spec = spec_of(SMALL_CONFIGS["llama"] | {"quantization_config": fields})
     own = spec.checkpoint_quantization
     assert own is not None
     assert own.format is not None
-    said = "the native engine quantizes 16-bit checkpoints itself, and reads no others yet"
+    said = (
+        "of checkpoints that are quantized already the native engine reads those of bitsandbytes "
+        f"in 4 bits, not {own.method} in {own.format.name}"
+    )
     assert why_not_native(spec, own.format, [device()]) == said
     plan = planned(spec)
     assert (plan.engine, plan.format) == ("transformers", own.format.name)
@@ -268,3 +271,17 @@ def test_on_a_processor_bitsandbytes_takes_4_bits_unless_ours_is_needed(name: st
         assert plan("tiny", gpus="cpu", format=name, **options).engine == "native"
     assert plan("tiny", gpus="24GiB", format=name).engine == "native"
     assert plan("tiny", gpus="cpu", format="int8").engine == "native"
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
+def test_a_checkpoint_of_bitsandbytes_in_4_bits_is_ours(name: str) -> None:
+    fields = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": name.removesuffix("-dq"),
+        "bnb_4bit_use_double_quant": name.endswith("-dq"),
+    }
+    spec = spec_of(SMALL_CONFIGS["llama"] | {"quantization_config": fields})
+    assert why_not_native(spec, FORMATS[name], [device()]) is None
+    forced = planned(spec, engine="native")
+    assert (forced.engine, forced.format, forced.runnable) == ("native", name, True)

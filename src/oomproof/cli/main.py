@@ -18,6 +18,7 @@ from oomproof.cli.doctor import doctor
 from oomproof.cli.eval import evaluate
 from oomproof.cli.explain import explain
 from oomproof.cli.plan import plan
+from oomproof.cli.quantize import quantize
 from oomproof.cli.rehearse import rehearse
 from oomproof.cli.run import run
 from oomproof.cli.top import top
@@ -37,6 +38,7 @@ app.command()(run)
 app.command()(chat)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(quantize)
 app.command()(doctor)
 app.command()(explain)
 app.command()(top)

@@ -48,6 +48,8 @@ class Target:
     straight there, on whatever device it is, and `store` is not called."""
     rows_multiple: int = 1
     """Slices begin at multiples of this many rows, so that 4-bit blocks are not cut."""
+    dtype: torch.dtype | None = None
+    """What the checkpoint must hold; None for any type of floating-point numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,20 +134,33 @@ def pair_with_checkpoint(
     Raises:
         LoadError: A tensor without a target, a target without a tensor or with a second target,
             another shape than the model's.
-        CheckpointError: A tensor that does not hold floating-point numbers.
+        CheckpointError: A tensor that does not hold floating-point numbers, or not what its target
+            asks for.
     """
     by_name = _by_name(targets)
     sources = {tensor.name: tensor for tensor in checkpoint.tensors}
     unexpected = [name for name in sources if name not in by_name and not ignored(name)]
     _refuse(str(folder), by_name, {n: t.shape for n, t in sources.items()}, unexpected)
     wanted = [tensor for name, tensor in sources.items() if name in by_name]
-    strange = [f"{t.name} ({t.dtype.value})" for t in wanted if t.dtype not in _FLOATS]
+    strange = [
+        f"{t.name} ({t.dtype.value})"
+        for t in wanted
+        if by_name[t.name].dtype is None and t.dtype not in _FLOATS
+    ]
     if strange:
         raise CheckpointError(
             str(folder),
             f"{len(strange)} parameters are not floating-point numbers: {_first(strange)}",
             remedy="use the checkpoint in 16 bits that it was quantized from",
         )
+    for tensor in wanted:
+        asked = by_name[tensor.name].dtype
+        if asked is not None and getattr(torch, tensor.dtype.value) is not asked:
+            raise CheckpointError(
+                str(folder / tensor.file),
+                f"tensor {tensor.name!r} holds {tensor.dtype}, not {asked}",
+                remedy="config and weights do not belong together; download both again",
+            )
     wanted.sort(key=lambda tensor: (tensor.file, tensor.offset_bytes))
     return [_pair(by_name[tensor.name], tensor.dtype, tensor) for tensor in wanted]
 

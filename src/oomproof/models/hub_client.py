@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -282,6 +283,38 @@ class HubClient:
                 raise CheckpointError(f"{location_of(repo, commit)}/{name}", "was not downloaded")
         report(total_bytes, total_bytes)
         return Path(folder)
+
+    def fetch_beside(
+        self, repo: str, name: str, commit: str, folder: Path, told: Callable[[int], None]
+    ) -> Path:
+        """Downloads one file into a folder, not into the cache; goes on where it was broken off.
+
+        Args:
+            repo: Repository id.
+            name: The file.
+            commit: Of the repository.
+            folder: Made where it is not there.
+            told: Called with bytes written so far.
+        """
+        from huggingface_hub import hf_hub_download
+
+        options: dict[str, Any] = {}
+        if "tqdm_class" in signature(hf_hub_download).parameters:  # not before huggingface_hub 1
+            options["tqdm_class"] = _counting_bar(told)
+        with self._explained(repo, commit), _no_progress_bars():
+            try:
+                path = hf_hub_download(
+                    repo, name, revision=commit, local_dir=folder, endpoint=self.endpoint, **options
+                )
+            except OSError as error:
+                if error.errno not in _DISK_ERRORS:
+                    raise
+                raise CheckpointError(
+                    str(folder / name),
+                    f"cannot be written ({error.strerror})",
+                    remedy="free some space and run the same command again",
+                ) from error
+        return Path(path)
 
     @contextmanager
     def _explained(self, repo: str, revision: str) -> Iterator[None]:

@@ -33,6 +33,8 @@ PLAIN_DTYPES = frozenset({DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.FL
 _DEFAULT_KEPT = ("lm_head",)
 _FP8_CAPABILITY = (8, 9)
 _INT32_BITS = 32
+MAX_QUANT_STATE_BYTES = 4096
+"""Of the JSON that a bitsandbytes checkpoint holds for each weight; it has about 180."""
 
 Layout = Callable[[int, int], tuple[Component, ...]]
 
@@ -49,6 +51,15 @@ class CheckpointQuantization:
     """Modules that stay in 16 bits, as the config names them."""
     runs_with: str = ""
     """What runs such a checkpoint, where no engine of ours does."""
+
+    @property
+    def is_bitsandbytes_4bit(self) -> bool:
+        """Whether its weights are codes of 4 bits as our own engine holds them."""
+        return (
+            self.method == "bitsandbytes"
+            and self.format is not None
+            and self.format.quant_type is not None
+        )
 
     def keeps(self, module: str) -> bool:
         """Whether a module stays in 16 bits.
@@ -96,6 +107,45 @@ def as_stored(
         return tuple(tensors)
     held = parts_of_modules(checkpoint) if checkpoint is not None else {}
     return tuple(_as_stored(tensor, quantization, held) for tensor in tensors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPart:
+    """A tensor that a bitsandbytes 4-bit checkpoint holds for one weight."""
+
+    component: str
+    """What it is, in the words of formats.py; "quant_state" for JSON that says how to read it."""
+    name: str
+    """Its name in the file."""
+    dtype: DType
+    shape: tuple[int, ...] | None
+    """None for quant_state, whose length varies."""
+
+
+def bitsandbytes_parts(
+    name: str, shape: tuple[int, ...], weight_format: Format
+) -> tuple[StoredPart, ...]:
+    """What bitsandbytes 4-bit checkpoints hold for the weight `name`.
+
+    As transformers 5 with bitsandbytes 0.50 writes them: the codes are a column, and the offset of
+    double quantization is a number in quant_state.
+    """
+    rows, columns = shape
+    found = [
+        StoredPart(
+            component=part.name,
+            name=name if part.name == "weight" else f"{name}.{part.name}",
+            dtype=part.dtype,
+            shape=(part.numel, 1) if part.name == "weight" else (part.numel,),
+        )
+        for part in weight_format.components(rows, columns)
+        if part.name != "nested_offset"
+    ]
+    state = f"{name}.quant_state.bitsandbytes__{weight_format.quant_type}"
+    return (
+        *found,
+        StoredPart(component="quant_state", name=state, dtype=DType.UINT8, shape=None),
+    )
 
 
 def parts_of_modules(

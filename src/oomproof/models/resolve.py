@@ -12,8 +12,10 @@ from oomproof.models.architectures import build_spec
 from oomproof.models.catalog import find, suggest
 from oomproof.models.config import read_config
 from oomproof.models.quantization import (
+    MAX_QUANT_STATE_BYTES,
     PLAIN_DTYPES,
     CheckpointQuantization,
+    bitsandbytes_parts,
     parts_of_modules,
 )
 from oomproof.models.spec import (
@@ -150,6 +152,8 @@ def check_tensors(spec: ModelSpec, checkpoint: CheckpointSpec, *, location: str)
     for tensor in spec.tensors:
         if quantization is not None and tensor.role is Role.LINEAR and not tensor.kept:
             _check_quantized(tensor, quantization, parts, location)
+            if quantization.is_bitsandbytes_4bit:
+                _check_4bit(tensor, quantization, found, location)
             continue
         stored = found.get(tensor.name)
         if stored is None:
@@ -199,5 +203,35 @@ def _check_quantized(
                 found.file,
                 f"{found.name!r} has {prod(found.shape):,} elements, "
                 f"{weight_format.name} of {list(tensor.shape)} has {part.numel:,}",
+                remedy="config and weights do not belong together; download both again",
+            )
+
+
+def _check_4bit(
+    tensor: TensorSpec,
+    quantization: CheckpointQuantization,
+    found: Mapping[str, CheckpointTensor],
+    location: str,
+) -> None:
+    """Compares every tensor that a bitsandbytes checkpoint holds for a weight with its layout."""
+    assert quantization.format is not None
+    for part in bitsandbytes_parts(tensor.name, tensor.shape, quantization.format):
+        held = found.get(part.name)
+        if held is None:
+            raise CheckpointError(
+                location,
+                f"config.json says {quantization.format.name}, and the weights lack {part.name!r}",
+                remedy="config and weights do not belong together; download both again",
+            )
+        if part.shape is None:
+            fits = len(held.shape) == 1 and 0 < held.size_bytes <= MAX_QUANT_STATE_BYTES
+            expected = f"at most {MAX_QUANT_STATE_BYTES} bytes"
+        else:
+            fits, expected = held.shape == part.shape, str(list(part.shape))
+        if not fits or held.dtype is not part.dtype:
+            raise CheckpointError(
+                held.file,
+                f"{held.name!r} is {held.dtype} {list(held.shape)}, "
+                f"{quantization.format.name} of {list(tensor.shape)} has {part.dtype} {expected}",
                 remedy="config and weights do not belong together; download both again",
             )

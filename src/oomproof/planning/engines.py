@@ -29,8 +29,13 @@ def why_not_native(
     """Why the native engine does not run a model in a format there; None where it does."""
     if spec.not_native is not None:
         return spec.not_native
-    if spec.checkpoint_quantization is not None:
-        return "the native engine quantizes 16-bit checkpoints itself, and reads no others yet"
+    own = spec.checkpoint_quantization
+    if own is not None and not own.is_bitsandbytes_4bit:
+        return (
+            "of checkpoints that are quantized already the native engine reads those of "
+            f"bitsandbytes in 4 bits, not {own.method}"
+            + ("" if own.format is None else f" in {own.format.name}")
+        )
     for device in devices:
         if device.kind not in ("cuda", "cpu"):
             return f"the native engine runs on NVIDIA GPUs and on processors, not on {device.kind}"

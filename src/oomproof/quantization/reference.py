@@ -24,6 +24,7 @@ FP8_MAX = 448.0
 SLICE_ELEMENTS = 128
 """A slice of a weight begins at a multiple of this: at a whole byte of codes, and a whole block."""
 _STEP_ELEMENTS = 1 << 22
+_CACHED_ELEMENTS = 1 << 17
 
 
 def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,10 +32,11 @@ def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, 
     scaled, absmax = _scaled_blocks(weight, BLOCK_SIZE)
     thresholds, ascending = (part.to(weight.device) for part in thresholds_4bit(quant_type))
     if quant_type == "fp4":
-        codes = ascending[torch.bucketize(scaled.abs(), thresholds)] + 8 * (scaled < 0)
+        magnitudes = ascending.to(torch.uint8)[_count_below(scaled.abs(), thresholds).int()]
+        codes = magnitudes + 8 * (scaled < 0).to(torch.uint8)
     else:
-        codes = ascending[torch.bucketize(scaled, thresholds)]
-    codes = codes.to(torch.uint8).reshape(-1)
+        codes = _count_below(scaled, thresholds)  # its codes ascend by one
+    codes = codes.reshape(-1)
     # What fills up the last byte is the code of 0.
     return pack(codes[: weight.numel() + weight.numel() % 2]), absmax
 
@@ -233,6 +235,23 @@ def _slice_after_slice(
 ) -> None:
     for first, end in slices_of(out.shape[1], x.shape[1]):
         out[:, first:end] = torch.mm(x, weight(first, end).t())
+
+
+def _count_below(values: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """How many thresholds are below each value, uint8: `torch.bucketize`, several times as fast.
+
+    A few values at a time, which stay in a processor's cache for all comparisons.
+    """
+    counts = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    bounds = thresholds.tolist()
+    for part, count in zip(
+        values.reshape(-1).split(_CACHED_ELEMENTS),
+        counts.view(-1).split(_CACHED_ELEMENTS),
+        strict=True,
+    ):
+        for bound in bounds:
+            count.add_(part > bound)
+    return counts
 
 
 def _over(values: torch.Tensor, number: float) -> torch.Tensor:

@@ -51,7 +51,7 @@ def table_4bit(quant_type: str) -> torch.Tensor:
     if quant_type == "nf4":
         return torch.tensor(_NF4, dtype=torch.float32)
     values = torch.tensor([*_FP4_MAGNITUDES, *(-x for x in _FP4_MAGNITUDES)], dtype=torch.float32)
-    return values / values.abs().max()
+    return values / values.abs().max() + 0.0  # which makes its second zero positive, as theirs is
 
 
 @cache

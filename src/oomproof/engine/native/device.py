@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ from oomproof.engine.native.layout import Block, lay_out_block
 from oomproof.engine.native.rotary import fill_rotary
 from oomproof.engine.native.sampler import Sampler
 from oomproof.engine.native.stage import Embedding, FinalNorm, Head, Layers
+from oomproof.engine.native.stored import StoredWeights
 from oomproof.engine.native.streaming import LayerStream
 from oomproof.engine.native.weights import LayerWeights, Parameter
 from oomproof.errors import NotRunnableError, PlanMismatchError
@@ -124,17 +125,29 @@ class NativeDevice:
         ]
         return max(sizes, default=0)
 
-    def targets(self, workspace: torch.Tensor, *, made_up: bool) -> list[Target]:
+    def targets(
+        self, workspace: torch.Tensor, *, made_up: bool, held: StoredWeights | None = None
+    ) -> list[Target]:
         """Where the loader brings each of the device's tensors.
 
         Args:
             workspace: float32 on the device, of `workspace_numel`, of no use after loading.
             made_up: Whether weights are random, and no file has them.
+            held: Where the checkpoint holds the plan's format already.
         """
+
+        def targets_of(
+            parameter: Parameter, home: Mapping[str, torch.Tensor] | None = None
+        ) -> list[Target]:
+            if held is not None and parameter.placed.held.quantized:
+                return held.targets(parameter, home)
+            return [parameter.target(workspace, home, made_up=made_up)]
+
         found = [
-            Parameter(placed, memory).target(workspace)
+            target
             for unit, memory in self._memory.items()
             for placed in self._blocks[unit].placed
+            for target in targets_of(Parameter(placed, memory))
         ]
         if self.layer_stream is None:
             return found
@@ -144,7 +157,7 @@ class NativeDevice:
             for placed in self._blocks[layer + 1].placed:
                 home = Parameter(placed, host)
                 away = Parameter(placed, buffer)
-                found.append(away.target(workspace, home.parts, made_up=made_up))
+                found += targets_of(away, home.parts)
         return found
 
     @property

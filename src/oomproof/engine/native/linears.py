@@ -248,6 +248,8 @@ def fused(linears: Sequence[Linear]) -> tuple[Linear, ...]:
     biases = [linear.bias for linear in linears]
     if not rest or tuple(first.parts) != ("weight",) or not weights[0].is_floating_point():
         return tuple(linears)
+    if any(linear.handler != first.handler for linear in rest):
+        return tuple(linears)
     if any(bias is not None for bias in biases) and not _neighbours(biases):
         return tuple(linears)
     if not _neighbours(weights):

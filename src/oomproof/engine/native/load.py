@@ -12,6 +12,7 @@ import torch
 from oomproof.engine.native.device import NativeDevice
 from oomproof.engine.native.engine import NativeEngine
 from oomproof.engine.native.meter import NativeMeter
+from oomproof.engine.native.stored import StoredWeights
 from oomproof.engine.native.warm import start_warming
 from oomproof.engine.native.workspaces import clear_workspaces
 from oomproof.errors import CheckpointError, NotRunnableError
@@ -80,7 +81,9 @@ def load_engine(
             ignored=lambda name: is_computed_buffer(name) or name in tied_head,
         )
 
-    return _start(plan, spec, NativeMeter(hardware), fill, made_up=False)
+    quantized = spec.checkpoint_quantization is not None
+    held = StoredWeights(folder, checkpoint) if quantized else None
+    return _start(plan, spec, NativeMeter(hardware), fill, made_up=False, held=held)
 
 
 def load_random_engine(
@@ -142,7 +145,13 @@ def _chunks(folder: Path, tensor: CheckpointTensor) -> Iterator[bytes]:
 
 
 def _start(
-    plan: Plan, spec: ModelSpec, meter: NativeMeter, fill: Fill, *, made_up: bool
+    plan: Plan,
+    spec: ModelSpec,
+    meter: NativeMeter,
+    fill: Fill,
+    *,
+    made_up: bool,
+    held: StoredWeights | None = None,
 ) -> NativeEngine:
     if spec.forward is None:
         raise NotRunnableError(
@@ -166,7 +175,7 @@ def _start(
             workspace = torch.empty(
                 device.workspace_numel(), dtype=torch.float32, device=device.device
             )
-            targets += device.targets(workspace, made_up=made_up)
+            targets += device.targets(workspace, made_up=made_up, held=held)
         del workspace
         if warming is not None:
             warming.join()

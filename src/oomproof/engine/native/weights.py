@@ -98,7 +98,7 @@ class Parameter:
         def finish_and_copy() -> None:
             finish()
             for name, part in self.parts.items() if copy_to is not None else ():
-                _copy_part(part, copy_to[name])  # type: ignore[index]
+                copy_part(part, copy_to[name])  # type: ignore[index]
 
         return Target(
             name=spec.name,
@@ -121,7 +121,7 @@ def _store_plain(final: torch.Tensor, values: torch.Tensor, first_row: int) -> N
     final[first_row : first_row + len(values)].copy_(values, non_blocking=True)
 
 
-def _copy_part(part: torch.Tensor, home: torch.Tensor) -> None:
+def copy_part(part: torch.Tensor, home: torch.Tensor) -> None:
     """To page-locked memory of the same shape and strides."""
     if part.is_contiguous() or not part.is_cuda:
         home.copy_(part, non_blocking=True)

@@ -1,0 +1,1 @@
+"""From a checkpoint in 16 bits to one in 4, on disk."""
