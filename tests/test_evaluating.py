@@ -46,7 +46,7 @@ def report(text: Path) -> EvalReport:
 
 def test_every_format_is_compared_and_the_better_ones_lose_less(report: EvalReport) -> None:
     names = [one.format for one in report.formats]
-    assert names == ["int8", "fp8", "nf4", "nf4-dq", "fp4", "fp4-dq", "int4"]
+    assert names == ["int8", "fp8", "nf4", "nf4-dq", "nf4-g16", "fp4", "fp4-dq", "int4"]
     kl = {one.format: one.kl.value for one in report.formats}
     assert 0 < kl["int8"] < kl["fp8"] < kl["nf4"] < kl["int4"] < kl["fp4"]
     assert (report.windows, report.context, report.tokens) == (8, 64, 512)

@@ -30,6 +30,7 @@ def test_every_format_of_the_design_is_there_with_its_bits() -> None:
         "int8": 8,
         "llm-int8": 8,
         "nf4": 4.5,
+        "nf4-g16": 4.5,
         "fp4": 4.5,
         "nf4-dq": 4 + 8 / 64 + 32 / (64 * 256),
         "fp4-dq": 4 + 8 / 64 + 32 / (64 * 256),

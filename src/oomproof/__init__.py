@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from oomproof.errors import OomproofError
     from oomproof.guarding.retry import executable_batch_size, guard
     from oomproof.planning.plan import Plan
-    from oomproof.session import evaluate, from_pretrained, hand_off, load, plan, quantize, rehearse
+    from oomproof.session import (
+        evaluate,
+        from_pretrained,
+        hand_off,
+        load,
+        plan,
+        quantize,
+        rehearse,
+    )
 
 __all__ = [
     "Model",

@@ -109,6 +109,7 @@ def _engine_that_runs(agreed: Plan) -> str | None:
         concurrency=agreed.concurrency,
         compute_dtype=agreed.compute_dtype,
         offload=agreed.offload,
+        search=agreed.search,
     )
     free = make_plan(spec, probe(), request)
     return free.engine if free.runnable and free.engine != agreed.engine else None

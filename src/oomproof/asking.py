@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from oomproof.formats import FIT
 from oomproof.hardware.describe import describe
 from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import Hardware
 from oomproof.models.resolve import resolve
+from oomproof.models.spec import ModelSpec
+from oomproof.planning.damage import WeightErrors
 from oomproof.planning.notes import read_notes
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import Offload, PlanRequest
@@ -36,6 +40,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
     offload: str = "none",
     force: bool = False,
     what_would_it_take: bool = False,
+    search: bool = False,
     revision: str | None = None,
 ) -> Plan:
     """Plans a model on this machine, or on a described one.
@@ -43,7 +48,8 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
     Args:
         model: A folder, a hub id ("org/name"), a name of the catalog, or "tiny".
         gpus: A machine that is not here: "4x RTX 4090", "2x24GiB,1x12GiB".
-        format: A weight format, or "auto": the best quality that fits.
+        format: A weight format, "auto": the best quality that fits, or "fit": each projection of
+            each layer in its own format, to fill the memory there is.
         kv_format: "bf16", "fp16", "fp8", or "auto".
         context: Prompt and answer in tokens (8192, "8k"), "auto" for the largest that fits, None
             for min(8192, the model's maximum).
@@ -57,6 +63,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         offload: "cpu" keeps layers that fit on no device in host memory, streamed in every step.
         force: Accepts a plan that streams at less than a token a second.
         what_would_it_take: Also looks for the smallest listed hardware on which it would fit.
+        search: Searches the block scales of 4-bit formats for the least error while loading.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -78,8 +85,10 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         offload=cast(Offload, offload),
         force=force,
         what_would_it_take=what_would_it_take,
+        search=search,
     )
-    return make_plan(spec, _hardware(gpus), request, read_notes() if gpus is None else None)
+    notes = read_notes() if gpus is None else None
+    return make_plan(spec, _hardware(gpus), request, notes, _errors_of(spec, request))
 
 
 def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
@@ -131,6 +140,17 @@ def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
         cap_bytes=read_bytes(cap, "cap"),
     )
     return hand_over(target, spec, hardware, request, format_name=format)
+
+
+def _errors_of(spec: ModelSpec, request: PlanRequest) -> WeightErrors | None:
+    """Measured errors of weights, where they matter and the weights are here; else None."""
+    if request.format != FIT or spec.source.kind != "folder" or spec.checkpoint is None:
+        return None
+    if spec.checkpoint_quantization is not None or find_spec("torch") is None:
+        return None
+    from oomproof.loading.weight_errors import measured_errors
+
+    return measured_errors(Path(spec.source.path), spec)
 
 
 def _hardware(gpus: str | None) -> Hardware:

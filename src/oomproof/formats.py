@@ -4,13 +4,15 @@ A format says which tensors replace one weight: its codes and what is needed to 
 The 4-bit layouts follow bitsandbytes (Dettmers et al., "QLoRA", 2023, arXiv:2305.14314): codes two
 to a byte, one absmax for each block of 64 weights in row-major order, a 16-entry codebook; with
 double quantization ("dq") the absmax values themselves become 8-bit codes with one float32 scale
-for each 256 of them, a 256-entry codebook and one float32 offset a tensor.
+for each 256 of them, a 256-entry codebook and one float32 offset a tensor. nf4-g16 is the same with
+blocks of 16 and one float32 scale for all absmax values of a tensor: the bytes of nf4 with, where
+scales are searched, less than two thirds of its error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +20,8 @@ from oomproof.errors import InputError
 
 BLOCK_SIZE = 64
 """Weights that share one absmax in the 4-bit formats."""
+FINE_BLOCK_SIZE = 16
+"""The same in nf4-g16."""
 NESTED_BLOCK_SIZE = 256
 """Absmax values that share one second-level scale under double quantization."""
 
@@ -92,14 +96,36 @@ class Format:
     quant_type: str | None = None
     """bitsandbytes' codebook name for 4-bit formats."""
     double_quantized: bool = False
+    block_size: int = BLOCK_SIZE
+    """Weights that share a scale, where blocks of them do."""
     quantizes_experts: bool = False
     """Whether experts that are stacked in one parameter are stored so too."""
+    by_tensor: Mapping[str, str] | None = None
+    """Tensor name → format, of a mixture; what it does not name stays in 16 bits."""
     summary: str = ""
 
     @property
     def is_quantized(self) -> bool:
         """Whether weights lose precision against 16 bits."""
         return self.bits_per_weight < 16
+
+    @property
+    def has_block_scales(self) -> bool:
+        """Whether weights share scales in blocks, which can be searched (`--search`)."""
+        return not self.members.isdisjoint(SEARCHED_FORMATS)
+
+    @property
+    def members(self) -> frozenset[str]:
+        """Names of the formats of a mixture; its own, of any other."""
+        if self.by_tensor is None:
+            return frozenset({self.name})
+        return frozenset(self.by_tensor.values())
+
+    def for_tensor(self, name: str) -> Format:
+        """The format of one tensor."""
+        if self.by_tensor is None:
+            return self
+        return FORMATS[self.by_tensor.get(name, "bf16")]
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Exact bytes of a [rows, columns] weight in this format, codes and scales."""
@@ -146,6 +172,18 @@ def _table_4bit_double_quantized(rows: int, columns: int) -> tuple[Component, ..
         Component(name="absmax", dtype=DType.UINT8, numel=blocks),
         Component(name="quant_map", dtype=DType.FLOAT32, numel=16),
         Component(name="nested_absmax", dtype=DType.FLOAT32, numel=nested_blocks),
+        Component(name="nested_quant_map", dtype=DType.FLOAT32, numel=256),
+        Component(name="nested_offset", dtype=DType.FLOAT32, numel=1),
+    )
+
+
+def _table_4bit_fine(rows: int, columns: int) -> tuple[Component, ...]:
+    numel = rows * columns
+    return (
+        Component(name="weight", dtype=DType.UINT8, numel=ceil_div(numel, 2)),
+        Component(name="absmax", dtype=DType.UINT8, numel=ceil_div(numel, FINE_BLOCK_SIZE)),
+        Component(name="quant_map", dtype=DType.FLOAT32, numel=16),
+        Component(name="nested_absmax", dtype=DType.FLOAT32, numel=1),
         Component(name="nested_quant_map", dtype=DType.FLOAT32, numel=256),
         Component(name="nested_offset", dtype=DType.FLOAT32, numel=1),
     )
@@ -227,6 +265,16 @@ FORMATS: dict[str, Format] = {
             summary="4-bit NormalFloat, double-quantized absmax",
         ),
         Format(
+            name="nf4-g16",
+            bits_per_weight=4 + 8 / FINE_BLOCK_SIZE,
+            weight_dtype=DType.UINT8,
+            components=_table_4bit_fine,
+            quant_type="nf4",
+            double_quantized=True,
+            block_size=FINE_BLOCK_SIZE,
+            summary="4-bit NormalFloat, absmax for each 16 weights in 8 bits, one scale for all",
+        ),
+        Format(
             name="fp4",
             bits_per_weight=_TABLE_BITS,
             weight_dtype=DType.UINT8,
@@ -253,8 +301,35 @@ FORMATS: dict[str, Format] = {
     )
 }
 
+SEARCHED_FORMATS = ("nf4", "nf4-dq", "nf4-g16", "fp4", "fp4-dq", "int4")
+"""Formats whose block scales can be searched for the least error: other bits, the same layout."""
+
 QUALITY_ORDER = ("bf16", "fp16", "int8", "llm-int8", "fp8", "nf4", "nf4-dq")
 """Best quality first: the order in which `--format auto` tries them (docs/design.md)."""
+
+
+FIT = "fit"
+"""The name of a mixture that a plan chooses, tensor by tensor, to fill the memory there is."""
+
+
+def mixture(by_tensor: Mapping[str, str]) -> Format:
+    """The format in which each tensor has its own.
+
+    It has the bits of its smallest member: that decides what else an engine needs.
+
+    Raises:
+        InputError: A format is unknown.
+    """
+    members = [get_format(name) for name in sorted(set(by_tensor.values()))]
+    smallest = min(members, key=lambda member: member.bits_per_weight)
+    return Format(
+        name=FIT,
+        bits_per_weight=smallest.bits_per_weight,
+        weight_dtype=smallest.weight_dtype,
+        components=smallest.components,
+        by_tensor=by_tensor,
+        summary="each projection of each layer in its own format, to fill the memory there is",
+    )
 
 
 _CHECKPOINT_FORMAT = re.compile(
@@ -265,7 +340,7 @@ _CHECKPOINT_FORMAT = re.compile(
 
 def is_known_format(name: str) -> bool:
     """Whether a plan can be made in a format of that name: ours, or one that checkpoints have."""
-    return name in FORMATS or _CHECKPOINT_FORMAT.fullmatch(name) is not None
+    return name in FORMATS or name == FIT or _CHECKPOINT_FORMAT.fullmatch(name) is not None
 
 
 def get_format(name: str) -> Format:
@@ -276,5 +351,7 @@ def get_format(name: str) -> Format:
     """
     found = FORMATS.get(name)
     if found is None:
-        raise InputError(f"unknown format {name!r}", remedy=f"use one of {', '.join(FORMATS)}")
+        raise InputError(
+            f"unknown format {name!r}", remedy=f"use one of {', '.join(FORMATS)}, {FIT}"
+        )
     return found

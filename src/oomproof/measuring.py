@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from oomproof.agreement import Progress, agree, fetch, of_stage, require_run_packages
 from oomproof.asking import plan
 from oomproof.errors import InputError, NotRunnableError, PlanDoesNotFitError
+from oomproof.formats import FIT
 from oomproof.models.resolve import with_checkpoint
 from oomproof.planning.notes import read_notes, write_notes
 from oomproof.planning.plan import Plan
@@ -187,7 +188,7 @@ def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contra
             f"{engine} has no format to compare fp32 with",
             remedy="use --format bf16, or leave --against out",
         )
-    nearest = {"int8": "llm-int8", "fp8": "llm-int8", "int4": "nf4"}
+    nearest = {"int8": "llm-int8", "fp8": "llm-int8", "int4": "nf4", "nf4-g16": "nf4", FIT: "nf4"}
     limits = {d.index: d.limit_bytes for d in own.devices if d.limit_bytes is not None}
     other = plan(
         own.source.path,
@@ -196,6 +197,7 @@ def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contra
             **options,
             "format": nearest.get(own.format, own.format),
             "engine": engine,
+            "search": False,
             "kv_format": "auto",
             "context": own.context,
             "concurrency": own.concurrency,

@@ -125,6 +125,7 @@ def rehearsable(contract: Contract, progress: Loaded | None = None) -> Rehearsab
 
 def import_engine(contract: Contract) -> None:
     """Imports what an engine needs, so that its loading is timed without it."""
+    import_module("oomproof.conversion.manifest")
     if contract.plan.engine == "native":
         import_module("oomproof.engine.native.load")
         return

@@ -109,7 +109,7 @@ def test_our_own_engine_runs_every_format_but_bitsandbytes_llm_int8(
 def test_transformers_can_be_asked_for(format_name: str) -> None:
     plan = planned("llama", format=format_name, engine="transformers")
     assert plan.engine == "transformers"
-    assert plan.runnable == (format_name not in ("fp32", "int8", "fp8", "int4"))
+    assert plan.runnable == (format_name not in ("fp32", "int8", "fp8", "int4", "nf4-g16"))
 
 
 def test_auto_tries_bitsandbytes_8_bits_only_where_ours_are_not() -> None:

@@ -87,6 +87,7 @@ def launch_all(dtype: torch.dtype) -> None:
     scratch = torch.empty(1 << 22, dtype=torch.uint8)
     for name in HANDLERS.keys() - {"fp32", "bf16", "fp16"}:
         for shape in ((128, 4096), (65, 63)):
+            encode_in_slices(name, random_weight(shape, dtype), shape[0], search=True)
             parts = encode_in_slices(name, random_weight(shape, dtype), shape[0])
             for tokens in (1, 8, 32, 64, 65):
                 x = random_input(tokens, shape[1], dtype)

@@ -52,10 +52,10 @@ def empty_parts(
 
 
 def encode_in_slices(
-    format_name: str, weight: torch.Tensor, rows_of_slice: int
+    format_name: str, weight: torch.Tensor, rows_of_slice: int, *, search: bool = False
 ) -> dict[str, torch.Tensor]:
     """Parts that were written slice after slice."""
-    found = handler(format_name)
+    found = handler(format_name, search=search)
     rows, columns = weight.shape
     parts = empty_parts(format_name, (rows, columns), str(weight.device))
     workspace = torch.full(

@@ -52,6 +52,7 @@ def bench(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    search: options.Search = False,
     revision: options.Revision = None,
     json: options.Json = False,
 ) -> None:
@@ -74,6 +75,7 @@ def bench(
         "engine": engine,
         "offload": offload,
         "force": force,
+        "search": search,
         "revision": revision,
     }
     if tune:

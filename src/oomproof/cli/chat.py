@@ -44,6 +44,7 @@ def chat(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    search: options.Search = False,
     fallback: options.Fallback = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -85,6 +86,7 @@ def chat(
         engine=engine,
         offload=offload,
         force=force,
+        search=search,
         revision=revision,
     )
     print_plan_line(made)

@@ -22,7 +22,11 @@ Model = Annotated[
     ),
 ]
 Format = Annotated[
-    str, typer.Option("--format", help="Weight format, or auto: the best quality that fits.")
+    str,
+    typer.Option(
+        "--format",
+        help="Weight format; auto: the best that fits; fit: a mixture that fills the memory.",
+    ),
 ]
 KVFormat = Annotated[str, typer.Option("--kv-format", help="KV cache: auto, bf16, fp16, fp8.")]
 Context = Annotated[
@@ -46,6 +50,12 @@ Offload = Annotated[
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Accept a plan that streams at under a token a second.")
+]
+Search = Annotated[
+    bool,
+    typer.Option(
+        "--search", help="Search the block scales of 4-bit weights for the least error at load."
+    ),
 ]
 Fallback = Annotated[
     str | None,

@@ -57,6 +57,7 @@ def plan(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    search: options.Search = False,
     target: For = None,
     plot: Plot = None,
     what_would_it_take: WhatWouldItTake = False,
@@ -74,6 +75,7 @@ def plan(
                 "--engine": engine != "auto",
                 "--offload": offload != "none",
                 "--force": force,
+                "--search": search,
                 "--plot": plot is not None,
                 "--what-would-it-take": what_would_it_take,
             }
@@ -108,6 +110,7 @@ def plan(
         engine=engine,
         offload=offload,
         force=force,
+        search=search,
         what_would_it_take=what_would_it_take,
         revision=revision,
     )

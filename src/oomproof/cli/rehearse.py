@@ -22,6 +22,7 @@ def rehearse(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    search: options.Search = False,
     revision: options.Revision = None,
     note: options.Note = True,
     json: options.Json = False,
@@ -48,6 +49,7 @@ def rehearse(
         engine=engine,
         offload=offload,
         force=force,
+        search=search,
         revision=revision,
     )
     print_plan_line(made)

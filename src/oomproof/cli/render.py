@@ -65,8 +65,9 @@ def print_plan(plan: Plan) -> None:
 def describe_choice(plan: Plan) -> str:
     """Parameters, format, context, engine, in a line."""
     requests = "" if plan.concurrency == 1 else f" × {plan.concurrency} requests"
+    weights = f"{plan.format}, searched scales" if plan.search else plan.format
     return (
-        f"{format_parameters(plan.num_parameters)} parameters · {plan.format} · "
+        f"{format_parameters(plan.num_parameters)} parameters · {weights} · "
         f"{plan.context:,} tokens{requests} · {plan.engine} engine"
     )
 

@@ -61,6 +61,7 @@ def run(
     engine: options.Engine = "auto",
     offload: options.Offload = "none",
     force: options.Force = False,
+    search: options.Search = False,
     fallback: options.Fallback = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -108,6 +109,7 @@ def run(
         engine=engine,
         offload=offload,
         force=force,
+        search=search,
         revision=revision,
     )
     print_plan_line(made)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from oomproof.errors import CheckpointError, PlanMismatchError
-from oomproof.formats import DType, get_format
+from oomproof.formats import DType
 from oomproof.memory.model import unit_of
 from oomproof.memory.profiles import QUANTIZED_ROLES
 from oomproof.memory.weights import stored
@@ -43,7 +43,7 @@ def verify_parameters(model: torch.nn.Module, plan: Plan, spec: ModelSpec) -> No
         CheckpointError: The weights hold a head of their own where config.json ties it.
         PlanMismatchError: Any of them differs, or a parameter is there too many or too few.
     """
-    weight_format = get_format(plan.format)
+    weight_format = plan.weight_format
     compute_dtype = DType(plan.compute_dtype)
     roles = QUANTIZED_ROLES[plan.engine]
     expected = {

@@ -20,7 +20,7 @@ from oomproof.engine.limits import Limits, measure_limits
 from oomproof.engine.messages import Request, SamplingOptions, TokenEvent
 from oomproof.engine.protocol import Engine
 from oomproof.errors import InputError
-from oomproof.formats import DType, get_format
+from oomproof.formats import DType
 from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.model import unit_of
 from oomproof.memory.profiles import QUANTIZED_ROLES
@@ -199,7 +199,7 @@ class Costs:
     @classmethod
     def of(cls, spec: ModelSpec, plan: Plan) -> Costs:
         """The costs of a plan: layers and head; one row of the embedding is nothing."""
-        weight_format, compute = get_format(plan.format), DType(plan.compute_dtype)
+        weight_format, compute = plan.weight_format, DType(plan.compute_dtype)
         roles = QUANTIZED_ROLES[plan.engine]
         itemsize = KV_FORMATS[plan.kv_format].itemsize
         read = [

@@ -13,7 +13,6 @@ import torch
 
 from oomproof.engine.protocol import Engine
 from oomproof.engine.rehearsal import Rung, climb
-from oomproof.formats import get_format
 from oomproof.hardware.spec import DeviceSpec, Hardware
 from oomproof.loading.devices import release_devices
 from oomproof.memory.terms import DeviceTerms
@@ -70,7 +69,7 @@ class Rehearsal:
 
     def notes(self, earlier: Notes) -> list[CalibrationNote]:
         """One for each GPU in use: what the next plan on this machine should know."""
-        weight_format = get_format(self.plan.format)
+        weight_format = self.plan.weight_format
         kind = kind_of(weight_format)
         return [
             CalibrationNote(

@@ -16,7 +16,7 @@ import torch
 
 from oomproof.engine.native.step_products import StepProduct, products_of, random_set
 from oomproof.errors import InputError, NotRunnableError, PlanDoesNotFitError
-from oomproof.formats import FORMATS, DType, get_format
+from oomproof.formats import FORMATS, DType
 from oomproof.kernels.compiler import installed_nvrtc
 from oomproof.memory.native import StepShape, graph_sizes, scratch_bytes
 from oomproof.models.spec import ModelSpec
@@ -118,7 +118,7 @@ def check_tunable(plan: Plan) -> None:
             f"planned for {plan.engine}",
             remedy="use --engine native --format nf4-dq",
         )
-    if get_format(plan.format).weight_dtype is not DType.UINT8:
+    if plan.weight_format.weight_dtype is not DType.UINT8:
         of_4_bits = [name for name, one in FORMATS.items() if one.weight_dtype is DType.UINT8]
         raise InputError(
             f"{plan.format} has no launches to choose from, formats of 4 bits have",

@@ -393,7 +393,10 @@ def arithmetic_of(plan: Plan) -> tuple[str, ...]:
     ):
         return ()
     layers = [str(device.layers) for device in devices]
-    return (plan.fingerprint, plan.format, plan.kv_format, plan.compute_dtype, *layers)
+    searched = ("searched",) if plan.search else ()
+    mixed = (f"{tensor}: {name}" for tensor, name in plan.tensor_formats.items())
+    kinds = (plan.format, *mixed, *searched, plan.kv_format, plan.compute_dtype)
+    return (plan.fingerprint, *kinds, *layers)
 
 
 def _too_late(_model: str) -> ModelSpec:

@@ -149,6 +149,8 @@ def command_of(plan: Plan) -> str:
         words += ("--cap", str(plan.cap_bytes))
     if plan.reserve_bytes:
         words += ("--reserve", str(plan.reserve_bytes))
+    if plan.search:
+        words.append("--search")
     for device in plan.devices:
         if device.limit_bytes is not None and device.limit_bytes != plan.cap_bytes:
             words += ("--max-memory", f"{device.index}={device.limit_bytes}")

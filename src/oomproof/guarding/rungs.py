@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from oomproof.errors import InputError, OomproofError
 from oomproof.faults.fault import FaultClass
-from oomproof.formats import QUALITY_ORDER
+from oomproof.formats import QUALITY_ORDER, SEARCHED_FORMATS
 from oomproof.guarding.fallback import is_model
 from oomproof.guarding.situation import Situation, Target, request_of, total_bytes
 from oomproof.hardware.probe import cpu_device
@@ -190,6 +190,7 @@ def _in_format(plan: Plan, name: str) -> PlanRequest:
         engine=engine,
         compute_dtype=own.get(asked.compute_dtype, asked.compute_dtype),
         kv_format="auto" if asked.kv_format == "fp32" else asked.kv_format,
+        search=asked.search and name in SEARCHED_FORMATS,
     )
 
 

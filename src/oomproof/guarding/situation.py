@@ -189,4 +189,5 @@ def request_of(plan: Plan) -> PlanRequest:
         cap_bytes=plan.cap_bytes,
         engine=plan.engine,
         offload=plan.offload,
+        search=plan.search,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from oomproof.formats import DType, Format
+from oomproof.formats import BLOCK_SIZE, DType, Format, ceil_div, get_format
 from oomproof.memory import native
 from oomproof.memory.kv_cache import layer_kv_bytes
 from oomproof.memory.profiles import EngineProfile
@@ -278,8 +278,8 @@ def _units(
     spec: ModelSpec, weight_format: Format, profile: EngineProfile, compute_dtype: DType
 ) -> list[_Unit]:
     @cache
-    def cost(tensor: TensorSpec) -> _Unit:
-        held = stored(tensor, weight_format, compute_dtype, profile.quantized_roles)
+    def cost(tensor: TensorSpec, own: str) -> _Unit:
+        held = stored(tensor, by_name[own], compute_dtype, profile.quantized_roles)
         resident = resident_bytes(tensor, held, profile)
         return _Unit(
             weights=resident,
@@ -288,8 +288,11 @@ def _units(
             largest_linear=tensor.numel if held.quantized else 0,
         )
 
+    by_name: dict[str, Format] = {}
     units: list[list[_Unit]] = [[] for _ in range(spec.num_hidden_layers + 2)]
     for tensor in spec.tensors:
+        own = weight_format.for_tensor(tensor.name)
+        by_name[own.name] = own
         # Parameters of one kind and shape cost the same, whatever their names.
         kind = TensorSpec(
             name="",
@@ -298,7 +301,7 @@ def _units(
             kept=tensor.kept,
             stored_as=tensor.stored_as,
         )
-        units[unit_of(tensor, spec)].append(cost(kind))
+        units[unit_of(tensor, spec)].append(cost(kind, own.name))
     buffers = profile.buffer_bytes
     units[0].append(_Unit(weights=buffers, traffic=0, staging=0, largest_linear=0))
     if spec.tie_word_embeddings:
@@ -332,7 +335,9 @@ def _staging_bytes(
     """Bytes that loading a parameter needs on its device besides the parameter itself."""
     if profile.is_static:
         # Slices wait in buffers of a fixed size; double quantization keeps every absmax besides.
-        absmax = tensor.numel // 64 * DType.FLOAT32.itemsize if held.quantized else 0
+        block_size = BLOCK_SIZE if held.format is None else get_format(held.format).block_size
+        blocks = ceil_div(tensor.numel, block_size)
+        absmax = blocks * DType.FLOAT32.itemsize if held.quantized else 0
         return profile.fragmentation_bytes + profile.loading_bytes + absmax
     return profile.fragmentation_bytes + _source_bytes(spec, tensor, held, profile)
 

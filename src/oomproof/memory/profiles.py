@@ -172,7 +172,7 @@ def _transformers_cpu(host: HostSpec) -> EngineProfile:
 
 
 NATIVE_FORMATS = frozenset(
-    {"fp32", "bf16", "fp16", "int8", "fp8", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq"}
+    {"fp32", "bf16", "fp16", "int8", "fp8", "int4", "nf4", "nf4-dq", "nf4-g16", "fp4", "fp4-dq"}
 )
 _NATIVE_KV_FORMATS = frozenset({"bf16", "fp16", "fp8", "fp32"})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from oomproof.formats import Component, DType, Format
+from oomproof.formats import FORMATS, Component, DType, Format
 from oomproof.memory.profiles import EngineProfile
 from oomproof.models.spec import Role, TensorSpec
 from oomproof.units import round_up
@@ -18,6 +18,8 @@ class StoredTensor:
     quantized: bool
     components: tuple[Component, ...]
     """The tensors that hold it; the first is the parameter itself."""
+    format: str | None = None
+    """The format that they are of; None where it is not quantized, or the checkpoint's own."""
 
     @property
     def dtype(self) -> DType:
@@ -43,6 +45,7 @@ def stored(
     says itself what stays, and, where its headers were read, what each parameter takes.
     """
     is_quantized = False
+    weight_format = weight_format.for_tensor(tensor.name)
     components: tuple[Component, ...] = (
         Component(name="weight", dtype=compute_dtype, numel=tensor.numel),
     )
@@ -58,7 +61,13 @@ def stored(
                 replace(part, numel=experts * part.numel)
                 for part in weight_format.components(*matrix)
             )
-    return StoredTensor(name=tensor.name, quantized=is_quantized, components=components)
+    known = is_quantized and tensor.stored_as is None and weight_format.name in FORMATS
+    return StoredTensor(
+        name=tensor.name,
+        quantized=is_quantized,
+        components=components,
+        format=weight_format.name if known else None,
+    )
 
 
 def resident_bytes(tensor: TensorSpec, held: StoredTensor, profile: EngineProfile) -> int:

@@ -32,6 +32,8 @@ class Candidate:
     """Why no engine runs it here, None where one does."""
     streaming: bool
     """Whether layers may stay in host memory."""
+    fixed: Mapping[int, tuple[int, int]] | None = None
+    """Device index → its units, where they are not to be searched for."""
 
     @cached_property
     def _streamed(self) -> StreamedPlacement | None:
@@ -41,6 +43,13 @@ class Candidate:
     def _placement(self) -> Placement:
         if self._streamed is not None:
             return Placement(ranges=self._streamed.ranges, shortfall_bytes=0)
+        if self.fixed is not None:
+            missing = (
+                max(0, slot.model.peak_bytes(*self.fixed[index]) - slot.usable_bytes)
+                for slot in self.slots
+                if (index := slot.device.index) in self.fixed
+            )
+            return Placement(ranges=self.fixed, shortfall_bytes=sum(missing))
         return place_fastest(self.slots) or least_shortfall(self.slots)
 
     @property
@@ -88,7 +97,10 @@ class Candidate:
     @cached_property
     def fits(self) -> bool:
         """Whether every device and the host hold it."""
-        placed = self._streamed is not None if self.streaming else can_place(self.slots)
+        if self.fixed is not None:
+            placed = self._placement.fits
+        else:
+            placed = self._streamed is not None if self.streaming else can_place(self.slots)
         return placed and self.host_shortfall_bytes == 0
 
     @cached_property

@@ -46,6 +46,6 @@ def why_not_native(
                 f"the native engine needs compute capability {needed}, "
                 f"{device.name} has {has[0]}.{has[1]}"
             )
-    if weight_format.name not in NATIVE_FORMATS:
+    if not weight_format.members <= NATIVE_FORMATS:
         return f"the native engine does not hold {weight_format.name}"
     return None

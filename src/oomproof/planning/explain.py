@@ -21,6 +21,8 @@ BITSANDBYTES_ON_A_PROCESSOR = (
 )
 NOT_STREAMED = "layers in host memory are streamed by the native engine only"
 """Why a plan with --offload cpu is priced and not run."""
+NOT_SEARCHED = "block scales are searched by the native engine only"
+"""Why a plan with --search is not run."""
 
 
 def why_not_runnable(
@@ -71,7 +73,8 @@ def _why_not_held(
             f"{stored.method} checkpoints are planned as they are, and not run by the "
             f"{profile.engine} engine here; {stored.runs_with} runs them"
         )
-    if weight_format.name not in profile.formats:
+    is_mixed = weight_format.by_tensor is not None
+    if not weight_format.members <= profile.formats or (is_mixed and profile.engine != "native"):
         return f"{weight_format.name} is not run by the {profile.engine} engine on {device.kind}"
     return None
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from oomproof.errors import InputError
-from oomproof.formats import FORMATS, DType, is_known_format
+from oomproof.formats import FIT, FORMATS, DType, Format, get_format, is_known_format, mixture
 from oomproof.hardware.spec import DeviceKind
 from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.profiles import QUANTIZED_ROLES
@@ -170,6 +170,10 @@ class Plan:
     """Modules beside the decoder, held where the embedding is."""
     quantized_checkpoint: str | None = None
     """quant_method of a checkpoint that is quantized already; None where loading quantizes."""
+    tensor_formats: Mapping[str, str] = field(default_factory=dict)
+    """Tensor → format, of a plan in "fit"; what is not named stays in the compute dtype."""
+    search: bool = False
+    """Whether block scales of 4-bit weights are searched for the least error while loading."""
     schema: int = SCHEMA
 
     @property
@@ -177,6 +181,15 @@ class Plan:
         """Devices that hold a part of the model, in order along it."""
         used = [device for device in self.devices if device.in_use]
         return tuple(sorted(used, key=lambda d: (not d.holds_embedding, d.layers or (1 << 30, 0))))
+
+    @property
+    def weight_format(self) -> Format:
+        """What weights are stored in.
+
+        Raises:
+            InputError: It is no format of ours, but a checkpoint's own.
+        """
+        return mixture(self.tensor_formats) if self.format == FIT else get_format(self.format)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as `plan --json` prints them (docs/1-planning.md)."""
@@ -231,14 +244,14 @@ def _impossible(plan: Plan) -> str | None:
         ("compute_dtype", plan.compute_dtype, tuple(DType)),
         ("engine", plan.engine, QUANTIZED_ROLES),
     )
-    if not is_known_format(plan.format):
-        return f"format: {plan.format[:40]!r} is none of {', '.join(FORMATS)}"
-    for field, value, allowed in known:
+    if (problem := _impossible_formats(plan)) is not None:
+        return problem
+    for what, value, allowed in known:
         if value not in allowed:
-            return f"{field}: {value[:40]!r} is none of {', '.join(allowed)}"
-    for field, number in (("context", plan.context), ("concurrency", plan.concurrency)):
+            return f"{what}: {value[:40]!r} is none of {', '.join(allowed)}"
+    for what, number in (("context", plan.context), ("concurrency", plan.concurrency)):
         if number < 1:
-            return f"{field}: {number} is not at least 1"
+            return f"{what}: {number} is not at least 1"
     if not plan.devices:
         return "devices: there is none"
     for position, device in enumerate(plan.devices):
@@ -249,4 +262,15 @@ def _impossible(plan: Plan) -> str | None:
         for name, size in sizes.items():
             if size < 0:
                 return f"{where}.{name}: {size} is negative"
+    return None
+
+
+def _impossible_formats(plan: Plan) -> str | None:
+    if not is_known_format(plan.format):
+        return f"format: {plan.format[:40]!r} is none of {', '.join(FORMATS)}"
+    if bool(plan.tensor_formats) != (plan.format == FIT):
+        return f"tensor_formats: a plan in {FIT} has them, and no other"
+    for tensor, name in plan.tensor_formats.items():
+        if name not in FORMATS:
+            return f"tensor_formats.{tensor[:80]}: {name[:40]!r} is none of {', '.join(FORMATS)}"
     return None

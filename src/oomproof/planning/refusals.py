@@ -28,6 +28,11 @@ def refuse_impossible(spec: ModelSpec, hardware: Hardware, request: PlanRequest)
             f"not {request.format}",
             remedy="leave --format out, or plan the 16-bit checkpoint it was made from",
         )
+    if own is not None and request.search:
+        raise InputError(
+            f"{spec.id} is already quantized ({own.method}): its scales are not searched again",
+            remedy="leave --search out, or plan the 16-bit checkpoint it was made from",
+        )
     present = [device.index for device in hardware.devices]
     for index in request.max_memory:
         if index not in present:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from oomproof.errors import InputError
-from oomproof.formats import get_format, is_known_format
+from oomproof.formats import FIT, SEARCHED_FORMATS, get_format, is_known_format
 from oomproof.memory.kv_cache import KV_FORMATS
 
 DEFAULT_CONTEXT = 8192
@@ -25,7 +25,8 @@ class PlanRequest:
     """The options of `plan`; it refuses what makes no sense before anything is computed."""
 
     format: str = "auto"
-    """A name of formats.FORMATS, or "auto": the best quality that fits."""
+    """A name of formats.FORMATS, "auto": the best quality that fits, or "fit": a mixture that fills
+    the memory there is."""
     kv_format: str = "auto"
     """"bf16", "fp16", "fp8", "fp32", or "auto": the compute dtype."""
     compute_dtype: str = "auto"
@@ -51,10 +52,18 @@ class PlanRequest:
     """Whether the smallest listed hardware that would do is looked for."""
     force: bool = False
     """Accepts a plan that streams at less than a token a second."""
+    search: bool = False
+    """Block scales of 4-bit formats are searched for the least error while loading; else they are
+    bitsandbytes' own."""
 
     def __post_init__(self) -> None:
         if self.format != "auto" and not is_known_format(self.format):
             get_format(self.format)
+        if self.search and self.format not in ("auto", FIT, *SEARCHED_FORMATS):
+            raise InputError(
+                f"{self.format} has no block scales to search",
+                remedy=f"leave --search out, or use one of {', '.join(SEARCHED_FORMATS)}",
+            )
         if self.kv_format not in ("auto", *KV_FORMATS):
             raise InputError(
                 f"unknown KV format {self.kv_format!r}",

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
 from oomproof.errors import InputError
-from oomproof.formats import FORMATS, QUALITY_ORDER, DType, Format, get_format
+from oomproof.formats import FIT, FORMATS, QUALITY_ORDER, DType, Format, get_format, mixture
 from oomproof.hardware.spec import DeviceSpec, Hardware
 from oomproof.memory.kv_cache import KV_FORMATS, PAGE_TOKENS
 from oomproof.memory.model import Demand, MemoryModel, WeightCosts
-from oomproof.memory.profiles import EngineProfile, engine_profile
+from oomproof.memory.profiles import QUANTIZED_ROLES, EngineProfile, engine_profile
 from oomproof.memory.terms import HostTerms
 from oomproof.models.spec import ModelSpec
 from oomproof.planning import explain
 from oomproof.planning.candidate import Candidate
+from oomproof.planning.damage import FIT_FORMATS, WeightErrors, groups_of
 from oomproof.planning.download import disk_of, download_bytes
 from oomproof.planning.engines import choose_engine
-from oomproof.planning.explain import NOT_STREAMED, why_not_runnable
+from oomproof.planning.explain import NOT_SEARCHED, NOT_STREAMED, why_not_runnable
+from oomproof.planning.fitting import Fitter
 from oomproof.planning.notes import Notes, kind_of
 from oomproof.planning.placement import Slot
 from oomproof.planning.plan import Alternative, DevicePlan, HostPlan, Plan
@@ -30,7 +32,11 @@ from oomproof.units import format_bytes
 
 
 def make_plan(
-    spec: ModelSpec, hardware: Hardware, request: PlanRequest, notes: Notes | None = None
+    spec: ModelSpec,
+    hardware: Hardware,
+    request: PlanRequest,
+    notes: Notes | None = None,
+    errors: WeightErrors | None = None,
 ) -> Plan:
     """The plan for a model on a machine, fitting or not.
 
@@ -39,12 +45,13 @@ def make_plan(
         hardware: The machine.
         request: What is asked of the plan.
         notes: What rehearsals measured on this machine.
+        errors: How well the weights can be stored, where it was measured; for "fit".
 
     Raises:
         InputError: A context beyond the model's maximum, an already quantized checkpoint, or a
             limit for a device that is not there.
     """
-    planner = Planner(spec, hardware, request, notes or Notes())
+    planner = Planner(spec, hardware, request, notes or Notes(), errors=errors)
     plan = planner.plan()
     if not request.what_would_it_take:
         return plan
@@ -65,6 +72,7 @@ class Planner:
         request: PlanRequest,
         notes: Notes,
         weight_costs: dict[tuple[str, EngineProfile], WeightCosts] | None = None,
+        errors: WeightErrors | None = None,
     ) -> None:
         self.spec = spec
         self.hardware = hardware
@@ -73,6 +81,8 @@ class Planner:
         self._engines: dict[str, str] = {}
         self._profiles: dict[tuple[str, str], tuple[EngineProfile, ...]] = {}
         self._weight_costs = {} if weight_costs is None else weight_costs
+        self._errors = errors or WeightErrors()
+        self._fit_reason: str | None = None
         refuse_impossible(spec, hardware, request)
 
     def plan(self) -> Plan:
@@ -80,7 +90,7 @@ class Planner:
         context = self._asked_context()
         concurrency = 1 if self.request.concurrency == "auto" else self.request.concurrency
         candidates = [self.candidate(name, context, concurrency) for name in self.format_names()]
-        chosen = self._choose(candidates)
+        chosen = self._filled(self._choose(candidates))
         name = chosen.format.name
         if self.request.context == "auto" and (largest := self.max_context(chosen)) > 0:
             chosen = self._like(chosen, largest, concurrency)
@@ -89,6 +99,25 @@ class Planner:
         others = [other for other in candidates if other.format.name != name]
         better = candidates[: [other.format.name for other in candidates].index(name)]
         return self._assemble(chosen, others, better)
+
+    def _filled(self, chosen: Candidate) -> Candidate:
+        """What fits in "fit" with its spare bytes spent; any other as it is."""
+        if chosen.format.name != FIT or chosen.not_runnable is not None:
+            return chosen
+        fitter = Fitter(
+            self.spec,
+            self._compute_dtype(chosen.format),
+            self._errors,
+            lambda weights, ranges: self.candidate_in(
+                weights, chosen.context, chosen.concurrency, fixed=ranges
+            ),
+            on_gpus=self.hardware.has_gpu,
+        )
+        fitted = fitter.fill(chosen)
+        if fitted is None:
+            return chosen
+        self._fit_reason = fitted.reason
+        return fitted.candidate
 
     def engine(self, weight_format: Format) -> str:
         """The engine that runs the model in a format."""
@@ -120,6 +149,8 @@ class Planner:
         asked = (request.engine, request.kv_format, request.compute_dtype)
         if asked != ("auto",) * 3 or hardware.has_gpu or weight_format.quant_type is None:
             return False
+        if request.search:
+            return False
         compute_dtype = self._compute_dtype(weight_format)
         profiles = [
             engine_profile("transformers", device, hardware.host) for device in hardware.devices
@@ -134,7 +165,20 @@ class Planner:
         self, format_name: str, context: int, concurrency: int, *, streaming: bool = False
     ) -> Candidate:
         """One format at one context and concurrency, to be placed."""
-        weight_format = self._format(format_name)
+        return self.candidate_in(
+            self._format(format_name), context, concurrency, streaming=streaming
+        )
+
+    def candidate_in(
+        self,
+        weight_format: Format,
+        context: int,
+        concurrency: int,
+        *,
+        streaming: bool = False,
+        fixed: Mapping[int, tuple[int, int]] | None = None,
+    ) -> Candidate:
+        """As `candidate`, of a format that may be a mixture, on units that may be fixed."""
         compute_dtype = self._compute_dtype(weight_format)
         profiles = self._profiles_for(weight_format)
         kv_format = self._kv_format(compute_dtype)
@@ -149,6 +193,8 @@ class Planner:
         )
         if streaming and not_runnable is None:
             not_runnable = self._why_not_streamed(weight_format)
+        if not_runnable is None:
+            not_runnable = self._why_not_searched(weight_format)
         speeds = [
             self._speed(device, models[profile], weight_format)
             for device, profile in zip(self.hardware.devices, profiles, strict=True)
@@ -173,6 +219,7 @@ class Planner:
             host=host,
             not_runnable=not_runnable,
             streaming=streaming,
+            fixed=fixed,
         )
 
     def on(self, hardware: Hardware) -> Planner:
@@ -202,7 +249,9 @@ class Planner:
     def _like(self, like: Candidate, context: int, concurrency: int) -> Candidate:
         if (context, concurrency) == (like.context, like.concurrency):
             return like
-        return self.candidate(like.format.name, context, concurrency, streaming=like.streaming)
+        return self.candidate_in(
+            like.format, context, concurrency, streaming=like.streaming, fixed=like.fixed
+        )
 
     def _choose(self, candidates: Sequence[Candidate]) -> Candidate:
         """The best quality that fits and runs; with layers in host memory only where none does."""
@@ -274,6 +323,11 @@ class Planner:
         own = self.spec.checkpoint_quantization
         if own is not None and own.format is not None and own.format.name == name:
             return own.format
+        if name == FIT:
+            groups = groups_of(self.spec, QUANTIZED_ROLES["native"])
+            return mixture(
+                {tensor.name: FIT_FORMATS[0] for group in groups.values() for tensor in group}
+            )
         return get_format(name)
 
     def _profiles_for(self, weight_format: Format) -> tuple[EngineProfile, ...]:
@@ -287,6 +341,9 @@ class Planner:
         return self._profiles[key]
 
     def _costs(self, weight_format: Format, profile: EngineProfile) -> WeightCosts:
+        if weight_format.by_tensor is not None:
+            compute_dtype = self._compute_dtype(weight_format)
+            return WeightCosts(self.spec, weight_format, profile, compute_dtype)
         key = (weight_format.name, profile)
         if key not in self._weight_costs:
             compute_dtype = self._compute_dtype(weight_format)
@@ -373,6 +430,8 @@ class Planner:
             prefill_chunk_tokens=self._profiles_for(chosen.format)[0].prefill_chunk_tokens,
             decoder_prefix=spec.decoder_prefix,
             extra_modules=spec.extra_modules,
+            search=self._searches(chosen.format),
+            tensor_formats=chosen.format.by_tensor or {},
             quantized_checkpoint=(
                 None
                 if spec.checkpoint_quantization is None
@@ -387,6 +446,14 @@ class Planner:
 
     def _why_not_streamed(self, weight_format: Format) -> str | None:
         return NOT_STREAMED if self.engine(weight_format) != "native" else None
+
+    def _searches(self, weight_format: Format) -> bool:
+        asked = self.request.search or weight_format.name == FIT
+        return asked and weight_format.has_block_scales
+
+    def _why_not_searched(self, weight_format: Format) -> str | None:
+        searches = self._searches(weight_format) and self.engine(weight_format) != "native"
+        return NOT_SEARCHED if searches else None
 
     def _refused(self, chosen: Candidate) -> str | None:
         """Why a plan that fits is not executed: it streams too slowly, and nobody forced it."""
@@ -408,6 +475,8 @@ class Planner:
         others: Sequence[Candidate],
     ) -> tuple[str, ...]:
         reasons = [reason for other in better if (reason := explain.why_not(other)) is not None]
+        if self._fit_reason is not None:
+            reasons.append(self._fit_reason)
         if chosen.not_runnable is not None:
             reasons.append(chosen.not_runnable)
         if not chosen.fits:

@@ -9,9 +9,9 @@ on several. A prompt's chunk is bound by the arithmetic of its weights and of it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from oomproof.formats import Format
+from oomproof.formats import FORMATS, Format
 from oomproof.hardware.spec import DeviceSpec
 from oomproof.memory.kv_cache import planned_tokens
 from oomproof.memory.model import MemoryModel
@@ -137,6 +137,13 @@ for _kind, _bandwidth, _flops, _batch, _chunk_s, _attention in (
         wide_flops_efficiency=0.5 if _kind == "4-bit" else None,
     )
 
+# Row by row, as nf4-dq was before its tiles: an 8B at 131 tokens/s (benchmarks/LOG.md).
+CALIBRATIONS["native", "nf4-g16"] = replace(
+    CALIBRATIONS["native", "8-bit"],
+    bandwidth_efficiency=0.15,
+    measured=f"{_NATIVE_SOURCE}; decoding as nf4-dq did without tiles, not measured",
+)
+
 ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
 """Share of the bandwidth that copying keys and values to the query heads reaches, as 16 bits do."""
 HOP_S = 30e-6
@@ -160,6 +167,10 @@ _DEFAULT_HOST_LINK = 31.5e9
 
 def calibration(engine: str, weight_format: Format) -> Calibration:
     """The measured efficiency that is nearest to how the engine runs a format."""
+    if weight_format.by_tensor is not None:
+        # Layers with several formats take every product alone: the slowest member's speed.
+        members = [calibration(engine, FORMATS[name]) for name in sorted(weight_format.members)]
+        return min(members, key=lambda member: member.bandwidth_efficiency)
     own = CALIBRATIONS.get((engine, weight_format.name))
     if own is not None:
         return own

@@ -29,10 +29,9 @@ FP8_FACTOR = 256.0
 _BLOCKS = 32
 _ELEMENTS = 1024
 _SCALED_ROWS = 512
+_ALL = 1 << 40
+"""More blocks than any weight has."""
 
-_SIZE = tl.constexpr(BLOCK_SIZE)
-_HALF = tl.constexpr(BLOCK_SIZE // 2)
-_NESTED_SIZE = tl.constexpr(NESTED_BLOCK_SIZE)
 _INT4_OFFSET = tl.constexpr(float(reference.INT4_OFFSET))
 _2_TO_23 = tl.constexpr(8388608.0)
 _INT8_STEP = tl.constexpr(1 / INT8_FACTOR)
@@ -49,8 +48,10 @@ class FourBits:
     """The codebook, float32 [16]; None for int4."""
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     """nested_absmax, nested_quant_map, nested_offset."""
+    block_size: int = BLOCK_SIZE
+    """Weights of a scale; where it is not 64, all scales share one nested_absmax."""
 
-    def arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, bool]]:
+    def arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, int]]:
         """(codes, scales, table, nested absmax, nested table, offset), and compile-time flags.
 
         What a format does not have is a pointer that is not read.
@@ -58,7 +59,9 @@ class FourBits:
         unused = self.scales
         nested = (unused, unused, unused) if self.nested is None else self.nested
         table = unused if self.table is None else self.table
-        flags = {"HAS_TABLE": self.table is not None, "NESTED": self.nested is not None}
+        flags = {"HAS_TABLE": self.table is not None, "NESTED": 0}
+        if self.nested is not None:
+            flags["NESTED"] = NESTED_BLOCK_SIZE if self.block_size == BLOCK_SIZE else _ALL
         return (self.codes, self.scales, table, *nested), flags
 
 
@@ -66,14 +69,15 @@ def dequantize_4bit(weight: FourBits, first_row: int, out: torch.Tensor) -> None
     """Rows from `first_row` on, as many as `out` [rows, columns] (contiguous) has."""
     rows, columns = out.shape
     tensors, flags = weight.arguments()
-    if columns % BLOCK_SIZE == 0:
-        first, blocks = first_row * columns // BLOCK_SIZE, out.numel() // BLOCK_SIZE
+    size = weight.block_size
+    if columns % size == 0:
+        first, blocks = first_row * columns // size, out.numel() // size
         _whole_blocks[(ceil_div(blocks, _BLOCKS),)](
-            *tensors, out, first, blocks, BLOCKS=_BLOCKS, **flags
+            *tensors, out, first, blocks, SIZE=size, BLOCKS=_BLOCKS, **flags
         )
         return
     _any_shape[(rows, ceil_div(columns, _ELEMENTS))](
-        *tensors, out, first_row, columns, ELEMENTS=_ELEMENTS, **flags
+        *tensors, out, first_row, columns, SIZE=size, ELEMENTS=_ELEMENTS, **flags
     )
 
 
@@ -113,7 +117,7 @@ def scale_product(
 @triton.jit
 def _whole_blocks(
     codes, scales, table, nested_absmax, nested_table, offset, out, first, blocks,
-    HAS_TABLE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Columns are whole blocks: a block lies in one row, and begins at a byte."""
     local = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -121,19 +125,19 @@ def _whole_blocks(
     block = first + local
     scale, outer = load_scale(scales, nested_absmax, block, inside, NESTED=NESTED)
     scale = absmax_of(scale, outer, nested_table, offset, NESTED=NESTED)[:, None]
-    byte = tl.arange(0, _HALF)[None, :]
-    packed = tl.load(codes + block[:, None] * _HALF + byte, mask=inside[:, None], other=0)
+    byte = tl.arange(0, SIZE // 2)[None, :]
+    packed = tl.load(codes + block[:, None] * (SIZE // 2) + byte, mask=inside[:, None], other=0)
     high = value_of(packed.to(tl.int32) >> 4, table, HAS_TABLE=HAS_TABLE) * scale
     low = value_of(packed.to(tl.int32) & 15, table, HAS_TABLE=HAS_TABLE) * scale
     pairs = tl.join(high.to(out.dtype.element_ty), low.to(out.dtype.element_ty))
-    element = local[:, None] * _SIZE + tl.arange(0, _SIZE)[None, :]
-    tl.store(out + element, tl.reshape(pairs, (BLOCKS, _SIZE)), mask=inside[:, None])
+    element = local[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(out + element, tl.reshape(pairs, (BLOCKS, SIZE)), mask=inside[:, None])
 
 
 @triton.jit
 def _any_shape(
     codes, scales, table, nested_absmax, nested_table, offset, out, first_row, columns,
-    HAS_TABLE: tl.constexpr, NESTED: tl.constexpr, ELEMENTS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """A weight at a time: blocks run over row ends, and rows begin in the middle of bytes."""
     local_row = tl.program_id(0).to(tl.int64)
@@ -144,9 +148,9 @@ def _any_shape(
     packed = tl.load(codes + element // 2, mask=inside, other=0).to(tl.int32)
     code = tl.where(element % 2 == 0, packed >> 4, packed & 15)
     if HAS_TABLE:
-        block = element // _SIZE
+        block = element // SIZE
     else:
-        block = row * tl.cdiv(columns, _SIZE) + column // _SIZE
+        block = row * tl.cdiv(columns, SIZE) + column // SIZE
     scale, outer = load_scale(scales, nested_absmax, block, inside, NESTED=NESTED)
     scale = absmax_of(scale, outer, nested_table, offset, NESTED=NESTED)
     value = value_of(code, table, HAS_TABLE=HAS_TABLE) * scale
@@ -198,10 +202,13 @@ def value_of(code, table, HAS_TABLE: tl.constexpr):
 
 @triton.jit
 def load_scale(scales, nested_absmax, block, inside, NESTED: tl.constexpr):
-    """What is stored of the scales of blocks; apart from `absmax_of`, to be loaded ahead."""
+    """What is stored of the scales of blocks; apart from `absmax_of`, to be loaded ahead.
+
+    NESTED is how many of them share an outer scale, 0 where there is none.
+    """
     scale = tl.load(scales + block, mask=inside, other=0)
     if NESTED:
-        outer = tl.load(nested_absmax + block // _NESTED_SIZE, mask=inside, other=0.0)
+        outer = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
     else:
         outer = scale
     return scale, outer

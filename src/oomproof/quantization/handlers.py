@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from oomproof.errors import InputError
-from oomproof.formats import BLOCK_SIZE, ceil_div, get_format
+from oomproof.formats import BLOCK_SIZE, FINE_BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div, get_format
 from oomproof.quantization import operators, reference
 from oomproof.quantization.tables import table_4bit, table_dynamic
 
@@ -80,6 +80,10 @@ class Handler(ABC):
     def workspace_numel(self, shape: tuple[int, int]) -> int:  # noqa: ARG002
         """float32 elements that quantizing slice by slice needs beside the parts."""
         return 0
+
+    def searched(self) -> Handler:
+        """The same format with searched block scales; itself, where it has none to search."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,9 +181,16 @@ class RowScaled(Handler):
 class Int4(Handler):
     """4-bit integers with a scale for each 64 weights of a row."""
 
+    search: bool = False
+    """Whether scales are searched; see search.py."""
+
+    def searched(self) -> Int4:
+        """See Handler."""
+        return replace(self, search=True)
+
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """See Handler."""
-        codes, scale = operators.quantize_groups_int4(weight)
+        codes, scale = operators.quantize_groups_int4(weight, self.search)
         return {"weight": codes, "scale": scale}
 
     def encode_slice(
@@ -195,7 +206,8 @@ class Int4(Handler):
         start = first_row * shape[1]
         codes = parts["weight"].view(-1)[start // 2 : ceil_div(end_row * shape[1], 2)]
         scale = _scale_int4(parts, shape)[first_row:end_row]
-        operators.quantize_groups_int4_out(source, codes, scale, start % 2 == 1)
+        starts_low = start % 2 == 1
+        operators.quantize_groups_int4_out(source, codes, scale, starts_low, self.search)
 
     def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """See Handler."""
@@ -221,14 +233,30 @@ class Table4bit(Handler):
 
     quant_type: str
     nested: bool
+    search: bool = False
+    """Whether scales are searched, in the place of absmax; see search.py."""
+    block_size: int = BLOCK_SIZE
+    """Weights that share an absmax; where it is not 64, one scale is for all absmax values."""
+
+    @property
+    def _nested_block_size(self) -> int:
+        return NESTED_BLOCK_SIZE if self.block_size == BLOCK_SIZE else 0
+
+    def searched(self) -> Table4bit:
+        """See Handler."""
+        return replace(self, search=True)
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """See Handler."""
-        codes, absmax = operators.quantize_4bit(weight, self.quant_type)
+        codes, absmax = operators.quantize_4bit(
+            weight, self.quant_type, self.search, self.block_size
+        )
         table = table_4bit(self.quant_type).to(weight.device, copy=True)
         if not self.nested:
             return {"weight": codes, "absmax": absmax, "quant_map": table}
-        codes_of_absmax, nested_absmax, offset = operators.quantize_absmax(absmax)
+        codes_of_absmax, nested_absmax, offset = operators.quantize_absmax(
+            absmax, self._nested_block_size
+        )
         return {
             "weight": codes,
             "absmax": codes_of_absmax,
@@ -253,8 +281,10 @@ class Table4bit(Handler):
         operators.quantize_4bit_out(
             source,
             parts["weight"].view(-1)[start // 2 : ceil_div(end, 2)],
-            absmax[start // BLOCK_SIZE : ceil_div(end, BLOCK_SIZE)],
+            absmax[start // self.block_size : ceil_div(end, self.block_size)],
             self.quant_type,
+            self.search,
+            self.block_size,
         )
 
     def finish(self, parts: Parts, shape: tuple[int, int], workspace: torch.Tensor) -> None:
@@ -269,6 +299,7 @@ class Table4bit(Handler):
             parts["nested_absmax"],
             parts["nested_offset"].view(()),
             parts["nested_quant_map"],
+            self._nested_block_size,
         )
 
     def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -277,7 +308,8 @@ class Table4bit(Handler):
         if self.nested:
             absmax = reference.dequantize_absmax(absmax, *self._nested(parts))
         codes = parts["weight"].view(-1)
-        return reference.dequantize_4bit(codes, absmax, parts["quant_map"], shape, dtype)
+        table = parts["quant_map"]
+        return reference.dequantize_4bit(codes, absmax, table, shape, dtype, self.block_size)
 
     def multiply(
         self,
@@ -291,13 +323,14 @@ class Table4bit(Handler):
         codes, absmax, table = parts["weight"].view(-1), parts["absmax"], parts["quant_map"]
         if self.nested:
             nested = self._nested(parts)
-            operators.linear_4bit_dq(x, codes, absmax, *nested, table, out, scratch)
+            size = self.block_size
+            operators.linear_4bit_dq(x, codes, absmax, *nested, table, out, scratch, size)
         else:
             operators.linear_4bit(x, codes, absmax, table, out, scratch)
 
     def workspace_numel(self, shape: tuple[int, int]) -> int:
         """See Handler."""
-        return ceil_div(shape[0] * shape[1], BLOCK_SIZE) if self.nested else 0
+        return ceil_div(shape[0] * shape[1], self.block_size) if self.nested else 0
 
     def _nested(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         offset = parts["nested_offset"].view(())
@@ -317,14 +350,19 @@ HANDLERS: dict[str, Handler] = {
     "int4": Int4(),
     "nf4": Table4bit(quant_type="nf4", nested=False),
     "nf4-dq": Table4bit(quant_type="nf4", nested=True),
+    "nf4-g16": Table4bit(quant_type="nf4", nested=True, block_size=FINE_BLOCK_SIZE),
     "fp4": Table4bit(quant_type="fp4", nested=False),
     "fp4-dq": Table4bit(quant_type="fp4", nested=True),
 }
 """Format → what the native engine does with it."""
 
 
-def handler(format_name: str) -> Handler:
+def handler(format_name: str, *, search: bool = False) -> Handler:
     """What the native engine does with a format.
+
+    Args:
+        format_name: A key of HANDLERS.
+        search: Whether it searches block scales when it quantizes, where the format has them.
 
     Raises:
         InputError: It does nothing with it, or there is no such format.
@@ -335,4 +373,4 @@ def handler(format_name: str) -> Handler:
         raise InputError(
             f"{format_name} weights are not held here", remedy=f"use one of {', '.join(HANDLERS)}"
         )
-    return found
+    return found.searched() if search else found

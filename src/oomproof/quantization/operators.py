@@ -23,50 +23,63 @@ from oomproof.quantization.tiled import TiledSet
 
 
 @operator("oomproof::quantize_4bit", mutates_args=())
-def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_4bit(
+    weight: torch.Tensor, quant_type: str, search: bool = False, block_size: int = BLOCK_SIZE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of a 4-bit table, two to a byte, the first in the high half; and absmax of each block.
 
     Args:
         weight: Any shape, any floating type.
         quant_type: "nf4" or "fp4".
+        search: Whether the scale of a block is the one of least error (search.py), in the place of
+            absmax.
+        block_size: Weights that share a scale.
 
     Returns:
-        uint8 [ceil(n / 2)] and float32 [ceil(n / 64)], n being the number of weights.
+        uint8 [ceil(n / 2)] and float32 [ceil(n / block_size)], n being the number of weights.
     """
-    return reference.quantize_4bit(weight, quant_type)
+    return reference.quantize_4bit(weight, quant_type, search, block_size)
 
 
 @quantize_4bit.register_fake
-def _(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG001
+def _(
+    weight: torch.Tensor,
+    quant_type: str,  # noqa: ARG001
+    search: bool = False,  # noqa: ARG001
+    block_size: int = BLOCK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
     n = weight.numel()
     return (
         weight.new_empty(ceil_div(n, 2), dtype=torch.uint8),
-        weight.new_empty(ceil_div(n, BLOCK_SIZE), dtype=torch.float32),
+        weight.new_empty(ceil_div(n, block_size), dtype=torch.float32),
     )
 
 
 @operator("oomproof::quantize_absmax", mutates_args=())
 def quantize_absmax(
-    absmax: torch.Tensor,
+    absmax: torch.Tensor, block_size: int = NESTED_BLOCK_SIZE
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Double quantization of absmax values.
 
     Args:
         absmax: float32 [blocks].
+        block_size: Of those that share a scale; 0 for one for all.
 
     Returns:
-        Codes uint8 [blocks], their own absmax float32 [ceil(blocks / 256)], and the mean that was
-        taken off, float32 [].
+        Codes uint8 [blocks], their own absmax float32 [ceil(blocks / block_size)], or [1], and the
+        mean that was taken off, float32 [].
     """
-    return reference.quantize_absmax(absmax)
+    return reference.quantize_absmax(absmax, block_size)
 
 
 @quantize_absmax.register_fake
-def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(
+    absmax: torch.Tensor, block_size: int = NESTED_BLOCK_SIZE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     blocks = absmax.numel()
     return (
         absmax.new_empty(blocks, dtype=torch.uint8),
-        absmax.new_empty(ceil_div(blocks, NESTED_BLOCK_SIZE)),
+        absmax.new_empty(ceil_div(blocks, block_size) if block_size else 1),
         absmax.new_empty(()),
     )
 
@@ -100,17 +113,23 @@ def _(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @operator("oomproof::quantize_groups_int4", mutates_args=())
-def quantize_groups_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_groups_int4(
+    weight: torch.Tensor, search: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 4-bit integers, a bfloat16 scale for each 64 weights of a row.
 
     Codes are stored with 8 added, two to a byte, the first in the high half: uint8
-    [ceil(rows * columns / 2)], bfloat16 [rows, ceil(columns / 64)].
+    [ceil(rows * columns / 2)], bfloat16 [rows, ceil(columns / 64)]. With `search` a scale is the
+    one of least error (search.py), and may be negative.
     """
-    return reference.quantize_groups_int4(weight)
+    return reference.quantize_groups_int4(weight, search)
 
 
 @quantize_groups_int4.register_fake
-def _(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    weight: torch.Tensor,
+    search: bool = False,  # noqa: ARG001
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = weight.shape
     return (
         weight.new_empty(ceil_div(rows * columns, 2), dtype=torch.uint8),
@@ -120,12 +139,16 @@ def _(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @operator("oomproof::quantize_4bit_out", mutates_args=("codes", "absmax"))
 def quantize_4bit_out(
-    weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, quant_type: str
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    search: bool = False,
+    block_size: int = BLOCK_SIZE,
 ) -> None:
     """`quantize_4bit` of a contiguous slice into tensors of the sizes that it returns."""
-    for into, part in zip(
-        (codes, absmax), reference.quantize_4bit(weight, quant_type), strict=True
-    ):
+    found = reference.quantize_4bit(weight, quant_type, search, block_size)
+    for into, part in zip((codes, absmax), found, strict=True):
         into.copy_(part)
 
 
@@ -136,10 +159,11 @@ def quantize_absmax_out(
     nested_absmax: torch.Tensor,
     offset: torch.Tensor,
     nested_quant_map: torch.Tensor,  # noqa: ARG001
+    block_size: int = NESTED_BLOCK_SIZE,
 ) -> None:
     """`quantize_absmax` into tensors of the sizes that it returns; the codebook is an input."""
     for into, part in zip(
-        (codes, nested_absmax, offset), reference.quantize_absmax(absmax), strict=True
+        (codes, nested_absmax, offset), reference.quantize_absmax(absmax, block_size), strict=True
     ):
         into.copy_(part)
 
@@ -162,6 +186,7 @@ def quantize_groups_int4_out(
     codes: torch.Tensor,
     scale: torch.Tensor,
     starts_low: bool,
+    search: bool = False,
 ) -> None:
     """`quantize_groups_int4` of a contiguous slice into tensors that are there.
 
@@ -170,8 +195,9 @@ def quantize_groups_int4_out(
         codes: The bytes in which the slice has codes.
         scale: [rows, groups].
         starts_low: The first code is the low half of its byte; the high half stays as it is.
+        search: Whether scales are searched.
     """
-    found, scales = reference.codes_int4(weight)
+    found, scales = reference.codes_int4(weight, search)
     flat = found.reshape(-1)
     if starts_low:
         flat = torch.cat((codes[:1] >> 4, flat))
@@ -212,10 +238,14 @@ def linear_4bit_dq(  # noqa: PLR0913, PLR0917
     quant_map: torch.Tensor,
     out: torch.Tensor,
     scratch: torch.Tensor,  # noqa: ARG001
+    block_size: int = BLOCK_SIZE,
 ) -> None:
-    """As `linear_4bit`, with doubly quantized absmax values (`quantize_absmax`)."""
+    """As `linear_4bit`, with doubly quantized absmax values (`quantize_absmax`).
+
+    Of another block size than 64 all absmax values share one scale.
+    """
     whole = reference.dequantize_absmax(absmax, nested_absmax, nested_quant_map, offset)
-    reference.linear_4bit(x, codes, whole, quant_map, out)
+    reference.linear_4bit(x, codes, whole, quant_map, out, block_size)
 
 
 @operator("oomproof::linear_int4", mutates_args=("out", "scratch"))

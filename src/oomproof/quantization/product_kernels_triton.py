@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from oomproof.formats import BLOCK_SIZE
 from oomproof.quantization.dequantize_triton import (
     absmax_of,
     float_of,
@@ -23,8 +22,6 @@ from oomproof.quantization.dequantize_triton import (
     value_of,
 )
 
-_SIZE = tl.constexpr(BLOCK_SIZE)
-_WORDS = tl.constexpr(BLOCK_SIZE // 8)
 # What makes 1/256 of a weight out of `_shifted_e4m3`; here the input is multiplied by it.
 _E4M3_SHIFT = tl.constexpr(2.0**112)
 
@@ -32,26 +29,37 @@ _E4M3_SHIFT = tl.constexpr(2.0**112)
 @triton.jit
 def vector_4bit(
     x, words, scales, table, nested_absmax, nested_table, offset, out, rows, groups,
-    HAS_TABLE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One token: no tile for a matrix product to fill, so each thread sums up what it has read.
 
     Weights stay in float32, and their scale is applied to the sum over a word.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    sums = tl.zeros((ROWS, GROUPS, _WORDS), tl.float32)
+    sums = tl.zeros((ROWS, GROUPS, SIZE // 8), tl.float32)
     word, scale, outer = _load_4bit(
-        words, scales, nested_absmax, row, rows, 0, groups, groups, NESTED=NESTED, GROUPS=GROUPS
+        words,
+        scales,
+        nested_absmax,
+        row,
+        rows,
+        0,
+        groups,
+        groups,
+        NESTED=NESTED,
+        SIZE=SIZE,
+        GROUPS=GROUPS,
     )
     for first in range(0, groups, GROUPS):
         # What the next step needs is on its way while this one computes.
         next_word, next_scale, next_outer = _load_4bit(
             words, scales, nested_absmax, row, rows, first + GROUPS, groups, groups,
-            NESTED=NESTED, GROUPS=GROUPS,
+            NESTED=NESTED, SIZE=SIZE, GROUPS=GROUPS,
         )  # fmt: skip
-        column = first * _SIZE + tl.arange(0, GROUPS * _SIZE)
-        values = tl.load(x + column, mask=column < groups * _SIZE, other=0.0)
-        even, odd = tl.split(tl.reshape(values, (1, GROUPS, _WORDS, 2, 2, 2)))
+        column = first * SIZE + tl.arange(0, GROUPS * SIZE)
+        values = tl.load(x + column, mask=column < groups * SIZE, other=0.0)
+        even, odd = tl.split(tl.reshape(values, (1, GROUPS, SIZE // 8, 2, 2, 2)))
         x0, x2, x4, x6 = _fourths(even.to(tl.float32))
         x1, x3, x5, x7 = _fourths(odd.to(tl.float32))
         # The first code of a byte is in its high half, the first byte in the low end of the word.
@@ -73,7 +81,7 @@ def vector_4bit(
 def dot_4bit(
     x, words, scales, table, nested_absmax, nested_table, offset, out,
     tokens, rows, groups, groups_per_split, x_stride, out_stride,
-    HAS_TABLE: tl.constexpr, NESTED: tl.constexpr,
+    HAS_TABLE: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A few tokens: tiles of the transposed product [rows, tokens], so that rows fill them.
@@ -87,20 +95,30 @@ def dot_4bit(
     dtype = x.dtype.element_ty
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     word, scale, outer = _load_4bit(
-        words, scales, nested_absmax, row, rows, begin, end, groups, NESTED=NESTED, GROUPS=GROUPS
+        words,
+        scales,
+        nested_absmax,
+        row,
+        rows,
+        begin,
+        end,
+        groups,
+        NESTED=NESTED,
+        SIZE=SIZE,
+        GROUPS=GROUPS,
     )
     for first in range(begin, end, GROUPS):
         next_word, next_scale, next_outer = _load_4bit(
             words, scales, nested_absmax, row, rows, first + GROUPS, end, groups,
-            NESTED=NESTED, GROUPS=GROUPS,
+            NESTED=NESTED, SIZE=SIZE, GROUPS=GROUPS,
         )  # fmt: skip
-        column = first * _SIZE + tl.arange(0, GROUPS * _SIZE)
+        column = first * SIZE + tl.arange(0, GROUPS * SIZE)
         values = tl.load(
             x + token[:, None] * x_stride + column[None, :],
-            mask=(token < tokens)[:, None] & (column < end * _SIZE)[None, :],
+            mask=(token < tokens)[:, None] & (column < end * SIZE)[None, :],
             other=0.0,
         )
-        even, odd = tl.split(tl.reshape(values, (TOKENS, GROUPS * _SIZE // 2, 2)))
+        even, odd = tl.split(tl.reshape(values, (TOKENS, GROUPS * SIZE // 2, 2)))
         absmax = absmax_of(scale, outer, nested_table, offset, NESTED=NESTED)[:, :, None]
         high = _tile(word >> 4, absmax, table, dtype, HAS_TABLE=HAS_TABLE)
         sums = tl.dot(high, tl.trans(even), sums, input_precision="ieee")
@@ -113,13 +131,13 @@ def dot_4bit(
 @triton.jit
 def _load_4bit(
     words, scales, nested_absmax, row, rows, first, end, groups,
-    NESTED: tl.constexpr, GROUPS: tl.constexpr,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Words of eight codes [rows, groups, 8] and what is stored of their scales, 0 outside."""
+    """Words of eight codes [rows, groups, SIZE / 8] and what is stored of their scales, 0 outside."""
     group = first + tl.arange(0, GROUPS)
     inside = (row < rows)[:, None] & (group < end)[None, :]
     block = row.to(tl.int64)[:, None] * groups + group[None, :]
-    place = block[:, :, None] * _WORDS + tl.arange(0, _WORDS)[None, None, :]
+    place = block[:, :, None] * (SIZE // 8) + tl.arange(0, SIZE // 8)[None, None, :]
     word = tl.load(words + place, mask=inside[:, :, None], other=0)
     scale, outer = load_scale(scales, nested_absmax, block, inside, NESTED=NESTED)
     return word, scale, outer
@@ -137,13 +155,13 @@ def _value(word, SHIFT: tl.constexpr, table, HAS_TABLE: tl.constexpr):
 
 @triton.jit
 def _tile(word, absmax, table, dtype: tl.constexpr, HAS_TABLE: tl.constexpr):
-    """Weights of the low half of each byte [rows, groups * 32]; what is outside meets zeros in x."""
+    """Weights of the low half of each byte [rows, groups * SIZE / 2]; what is outside meets zeros in x."""
     w0 = (_value(word, 0, table, HAS_TABLE=HAS_TABLE) * absmax).to(dtype)
     w1 = (_value(word, 8, table, HAS_TABLE=HAS_TABLE) * absmax).to(dtype)
     w2 = (_value(word, 16, table, HAS_TABLE=HAS_TABLE) * absmax).to(dtype)
     w3 = (_value(word, 24, table, HAS_TABLE=HAS_TABLE) * absmax).to(dtype)
     joined = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(joined, (word.shape[0], word.shape[1] * _SIZE // 2))
+    return tl.reshape(joined, (word.shape[0], word.shape[1] * word.shape[2] * 4))
 
 
 @triton.jit

@@ -70,10 +70,13 @@ def linear_4bit_dq(  # noqa: PLR0913, PLR0917
     quant_map: torch.Tensor,
     out: torch.Tensor,
     scratch: torch.Tensor,
+    block_size: int = BLOCK_SIZE,
 ) -> None:
     """See operators.linear_4bit_dq."""
     nested = (nested_absmax, nested_quant_map, offset)
-    weight = FourBits(codes=codes, scales=absmax, table=quant_map, nested=nested)
+    weight = FourBits(
+        codes=codes, scales=absmax, table=quant_map, nested=nested, block_size=block_size
+    )
     _four_bits(x, weight, out, scratch)
 
 

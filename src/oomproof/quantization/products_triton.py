@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from oomproof.formats import BLOCK_SIZE, ceil_div
+from oomproof.formats import ceil_div
 from oomproof.quantization.dequantize_triton import FourBits
 from oomproof.quantization.product_kernels_triton import (
     add_splits,
@@ -69,7 +69,8 @@ def product_4bit(
     (tokens, columns), rows = x.shape, out.shape[1]
     tile = tiles(tokens, rows, columns, bits=4, itemsize=x.itemsize)
     (codes, *others), flags = weight.arguments()
-    words, groups = codes.view(torch.int32), columns // BLOCK_SIZE
+    size = weight.block_size
+    words, groups = codes.view(torch.int32), columns // size
     if tokens == 1:
         vector_4bit[(ceil_div(rows, tile.rows),)](
             x,
@@ -79,7 +80,8 @@ def product_4bit(
             rows,
             groups,
             ROWS=tile.rows,
-            GROUPS=tile.columns // BLOCK_SIZE,
+            SIZE=size,
+            GROUPS=tile.columns // size,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **flags,
@@ -95,11 +97,12 @@ def product_4bit(
         tokens,
         rows,
         groups,
-        step // BLOCK_SIZE,
+        step // size,
         x.stride(0),
         target.stride(-2),
         ROWS=tile.rows,
-        GROUPS=tile.columns // BLOCK_SIZE,
+        SIZE=size,
+        GROUPS=tile.columns // size,
         TOKENS=_padded(tokens),
         num_warps=tile.num_warps,
         # The kernel loads ahead itself: pipelining would copy the looked-up table to shared memory.

@@ -21,8 +21,8 @@ from oomproof.quantization import reference
 from oomproof.quantization.dequantize_triton import half_of_e4m3
 from oomproof.quantization.tables import FP4_CODES, thresholds_4bit
 
-_BLOCKS = 64
-"""Blocks of 64 weights a program."""
+_VALUES = 4096
+"""Weights a program, in whole blocks."""
 _NESTED_BLOCKS = 4
 _COLUMNS = 2048
 _GROUPS = 16
@@ -43,11 +43,21 @@ _INT4 = ()
 
 
 def quantize_4bit_out(
-    weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, quant_type: str
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_type: str,
+    search: bool = False,
+    block_size: int = BLOCK_SIZE,
 ) -> None:
     """See operators.quantize_4bit_out."""
+    if search:
+        from oomproof.quantization.search_triton import search_4bit_out
+
+        search_4bit_out(weight, codes, absmax, quant_type, block_size)
+        return
     thresholds = tuple(thresholds_4bit(quant_type)[0].tolist())
-    _quantize_blocks(weight.view(-1), codes, absmax, thresholds)
+    _quantize_blocks(weight.view(-1), codes, absmax, thresholds, block_size)
 
 
 def quantize_absmax_out(
@@ -56,10 +66,26 @@ def quantize_absmax_out(
     nested_absmax: torch.Tensor,
     offset: torch.Tensor,
     nested_quant_map: torch.Tensor,
+    block_size: int = NESTED_BLOCK_SIZE,
 ) -> None:
     """See operators.quantize_absmax_out."""
     # bitsandbytes takes torch's own mean, so the order of its sum is torch's.
     torch.mean(absmax, dim=0, out=offset)
+    if not block_size:
+        blocks = ceil_div(absmax.numel(), NESTED_BLOCK_SIZE * _NESTED_BLOCKS)
+        nested_absmax.zero_()
+        peak = nested_absmax.view(torch.int32)
+        _peak_of_all[(blocks,)](absmax, peak, offset, absmax.numel(), BLOCKS=_NESTED_BLOCKS)
+        _absmax_of_all[(blocks,)](
+            absmax,
+            codes,
+            nested_absmax,
+            offset,
+            nested_quant_map,
+            absmax.numel(),
+            BLOCKS=_NESTED_BLOCKS,
+        )
+        return
     whole, rest = divmod(absmax.numel(), NESTED_BLOCK_SIZE)
     for first, blocks, divides in ((0, whole, False), (whole, min(rest, 1), True)):
         if blocks:
@@ -97,9 +123,18 @@ def quantize_rows_out(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Te
 
 
 def quantize_groups_int4_out(
-    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, starts_low: bool
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    starts_low: bool,
+    search: bool = False,
 ) -> None:
     """See operators.quantize_groups_int4_out."""
+    if search:
+        from oomproof.quantization.search_triton import search_groups_int4_out
+
+        search_groups_int4_out(weight, codes, scale, starts_low)
+        return
     rows, columns = weight.shape
     bits = scale.view(torch.int16)
     if columns % BLOCK_SIZE == 0:
@@ -128,23 +163,26 @@ def _quantize_blocks(
     codes: torch.Tensor,
     scales: torch.Tensor,
     thresholds: tuple[float, ...],
+    size: int = BLOCK_SIZE,
 ) -> None:
     """Whole blocks, then a last short one, whose values are divided (reference._scaled_blocks)."""
-    whole, rest = divmod(values.numel(), BLOCK_SIZE)
+    whole, rest = divmod(values.numel(), size)
+    at_once = _VALUES // size
     for first, blocks, divides in ((0, whole, False), (whole, min(rest, 1), True)):
         if blocks:
-            start = first * BLOCK_SIZE
-            _blocks[(ceil_div(blocks, _BLOCKS),)](
+            start = first * size
+            _blocks[(ceil_div(blocks, at_once),)](
                 values[start:],
                 codes[start // 2 :],
                 scales[first:],
-                (values.numel() if divides else whole * BLOCK_SIZE) - start,
+                (values.numel() if divides else whole * size) - start,
                 THRESHOLDS=thresholds,
                 DIVIDES=divides,
                 # bitsandbytes' kernels are compiled with fast arithmetic. fp4's thresholds are
                 # fractions of small numbers, which 16-bit weights meet exactly: there it tells.
                 APPROXIMATES=values.is_cuda and len(thresholds) == len(FP4_CODES) - 1,
-                BLOCKS=_BLOCKS,
+                SIZE=size,
+                BLOCKS=at_once,
             )
 
 
@@ -152,14 +190,14 @@ def _quantize_blocks(
 def _blocks(
     values, codes, scales, numel,
     THRESHOLDS: tl.constexpr, DIVIDES: tl.constexpr, APPROXIMATES: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     block = first + tl.arange(0, BLOCKS)
-    element = block[:, None] * _SIZE + tl.arange(0, _SIZE)[None, :]
+    element = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     value = tl.load(values + element, mask=element < numel, other=0.0).to(tl.float32)
     peak = tl.max(_magnitude(value), axis=1).to(tl.float32, bitcast=True)
-    is_block = block * _SIZE < numel
+    is_block = block * SIZE < numel
     if len(THRESHOLDS) == 0:
         bits = _scale_int4(peak)
         tl.store(scales + block, bits, mask=is_block)
@@ -183,8 +221,8 @@ def _blocks(
             code = _code_nf4(scaled, THRESHOLDS)
         else:
             code = _code_fp4(scaled, THRESHOLDS)
-    high, low = tl.split(tl.reshape(code, (BLOCKS, _SIZE // 2, 2)))
-    byte = block[:, None] * (_SIZE // 2) + tl.arange(0, _SIZE // 2)[None, :]
+    high, low = tl.split(tl.reshape(code, (BLOCKS, SIZE // 2, 2)))
+    byte = block[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
     tl.store(codes + byte, ((high << 4) | low).to(tl.uint8), mask=byte * 2 < numel)
 
 
@@ -244,13 +282,39 @@ def _absmax(
         scaled = tl.div_rn(value, divisor)
     else:
         scaled = value * tl.div_rn(tl.full(value.shape, 1.0, tl.float32), divisor)
-    # The code is how many midpoints of neighbours in the table are below.
-    code = tl.zeros(value.shape, tl.int32)
+    tl.store(codes + element, _code_of_absmax(scaled, table).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _peak_of_all(absmax, peak, offset, numel, BLOCKS: tl.constexpr):
+    """The largest magnitude of all, as bits: the order in which it is found does not matter."""
+    size: tl.constexpr = BLOCKS * _NESTED_SIZE
+    element = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = element < numel
+    value = tl.load(absmax + element, mask=inside, other=0.0) - tl.load(offset)
+    tl.atomic_max(peak, tl.max(tl.where(inside, _magnitude(value), 0), axis=0))
+
+
+@triton.jit
+def _absmax_of_all(absmax, codes, nested_absmax, offset, table, numel, BLOCKS: tl.constexpr):
+    size: tl.constexpr = BLOCKS * _NESTED_SIZE
+    element = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = element < numel
+    value = tl.load(absmax + element, mask=inside, other=0.0) - tl.load(offset)
+    divisor = _at_least_tiny(tl.load(nested_absmax) + tl.zeros((size,), tl.float32))
+    scaled = value * tl.div_rn(tl.full((size,), 1.0, tl.float32), divisor)
+    tl.store(codes + element, _code_of_absmax(scaled, table).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _code_of_absmax(scaled, table):
+    """How many midpoints of neighbours in the table are below."""
+    code = tl.zeros(scaled.shape, tl.int32)
     for step in tl.static_range(8):
         further = code + (128 >> step)
         middle = (tl.load(table + further - 1) + tl.load(table + further)) * 0.5
         code = tl.where(scaled > middle, further, code)
-    tl.store(codes + element, code.to(tl.uint8), mask=inside)
+    return code
 
 
 @triton.jit
@@ -337,7 +401,9 @@ def _wide(bits):
 
 @triton.jit
 def _code_int4(value, scale):
-    quotient = tl.div_rn(value, _at_least_tiny(scale) + tl.zeros_like(value))
+    # A searched scale may be negative.
+    divisor = tl.where(tl.abs(scale) >= _TINY, scale, _TINY)
+    quotient = tl.div_rn(value, divisor + tl.zeros_like(value))
     code = tl.minimum(tl.maximum(_rounded(quotient), -_INT4_OFFSET), _INT4_MAX)
     return (code + _INT4_OFFSET).to(tl.int32)
 

@@ -11,6 +11,7 @@ from math import gcd
 import torch
 
 from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
+from oomproof.quantization.search import search_4bit, search_int4
 from oomproof.quantization.tables import table_dynamic, thresholds_4bit
 from oomproof.quantization.tiled import Segment, TiledSet, tiles_of_rows
 from oomproof.quantization.tiles import TILE_ROWS, untile_codes, untile_scale_rows
@@ -27,9 +28,14 @@ _STEP_ELEMENTS = 1 << 22
 _CACHED_ELEMENTS = 1 << 17
 
 
-def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_4bit(
+    weight: torch.Tensor, quant_type: str, search: bool = False, block_size: int = BLOCK_SIZE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed codes, and absmax of each block; see operators.quantize_4bit."""
-    scaled, absmax = _scaled_blocks(weight, BLOCK_SIZE)
+    if search:
+        codes, absmax = search_4bit(_blocks(weight, block_size), quant_type)
+        return pack(codes.reshape(-1)[: weight.numel() + weight.numel() % 2]), absmax
+    scaled, absmax = _scaled_blocks(weight, block_size)
     thresholds, ascending = (part.to(weight.device) for part in thresholds_4bit(quant_type))
     if quant_type == "fp4":
         magnitudes = ascending.to(torch.uint8)[_count_below(scaled.abs(), thresholds).int()]
@@ -41,10 +47,12 @@ def quantize_4bit(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, 
     return pack(codes[: weight.numel() + weight.numel() % 2]), absmax
 
 
-def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_absmax(
+    absmax: torch.Tensor, block_size: int = NESTED_BLOCK_SIZE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, their absmax, and the mean; see operators.quantize_absmax."""
     offset = absmax.mean()
-    scaled, nested_absmax = _scaled_blocks(absmax - offset, NESTED_BLOCK_SIZE)
+    scaled, nested_absmax = _scaled_blocks(absmax - offset, block_size or absmax.numel())
     table = table_dynamic().to(absmax.device)
     codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8)
     return codes.reshape(-1)[: absmax.numel()].clone(), nested_absmax, offset
@@ -66,18 +74,23 @@ def quantize_rows_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return codes.to(torch.float8_e4m3fn), scale
 
 
-def quantize_groups_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_groups_int4(
+    weight: torch.Tensor, search: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed codes, and a scale a group; see operators.quantize_groups_int4."""
-    codes, scale = codes_int4(weight)
+    codes, scale = codes_int4(weight, search)
     return pack(codes.reshape(-1)), scale
 
 
-def codes_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def codes_int4(weight: torch.Tensor, search: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes not yet packed, uint8 [rows, columns], and bfloat16 [rows, groups]."""
     rows, columns = weight.shape
     groups = ceil_div(columns, BLOCK_SIZE)
     padded = torch.nn.functional.pad(weight.float(), (0, groups * BLOCK_SIZE - columns))
     blocks = padded.reshape(rows, groups, BLOCK_SIZE)
+    if search:
+        codes, scale = search_int4(blocks.reshape(-1, BLOCK_SIZE))
+        return codes.reshape(rows, -1)[:, :columns], scale.reshape(rows, groups)
     scale = _over(blocks.abs().amax(dim=2), INT4_MAX).to(torch.bfloat16)
     codes = blocks / scale.float().clamp(min=TINY).unsqueeze(2)
     codes = codes.round().clamp(-INT4_OFFSET, INT4_MAX).reshape(rows, -1)[:, :columns]
@@ -90,11 +103,12 @@ def dequantize_4bit(
     quant_map: torch.Tensor,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    block_size: int = BLOCK_SIZE,
 ) -> torch.Tensor:
     """The weight that codes and absmax stand for, multiplied in float32 as bitsandbytes does."""
     values = quant_map[unpack(codes).int()]
     count = shape[0] * shape[1]
-    scales = absmax.repeat_interleave(BLOCK_SIZE)[:count]
+    scales = absmax.repeat_interleave(block_size)[:count]
     return (values[:count] * scales).to(dtype).reshape(shape)
 
 
@@ -105,7 +119,9 @@ def dequantize_absmax(
     offset: torch.Tensor,
 ) -> torch.Tensor:
     """absmax values of double quantization: float32 [blocks]."""
-    scales = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    scales = nested_absmax
+    if nested_absmax.numel() > 1:
+        scales = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
     return nested_quant_map[codes.int()] * scales + offset
 
 
@@ -125,6 +141,7 @@ def linear_4bit(
     absmax: torch.Tensor,
     quant_map: torch.Tensor,
     out: torch.Tensor,
+    block_size: int = BLOCK_SIZE,
 ) -> None:
     """See operators.linear_4bit."""
     columns = x.shape[1]
@@ -133,10 +150,11 @@ def linear_4bit(
         start, stop = first * columns, end * columns
         return dequantize_4bit(
             codes[start // 2 : ceil_div(stop, 2)],
-            absmax[start // BLOCK_SIZE : ceil_div(stop, BLOCK_SIZE)],
+            absmax[start // block_size : ceil_div(stop, block_size)],
             quant_map,
             (end - first, columns),
             x.dtype,
+            block_size,
         )
 
     _slice_after_slice(x, weight, out)
@@ -265,11 +283,15 @@ def _scaled_blocks(values: torch.Tensor, size: int) -> tuple[torch.Tensor, torch
     Whole blocks are multiplied by the reciprocal, a last short one is divided, as bitsandbytes
     does: the codes of values between two table entries depend on it.
     """
-    flat = values.reshape(-1).float()
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % size))
-    blocks = padded.reshape(-1, size)
+    blocks = _blocks(values, size)
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)
-    if flat.numel() % size:
+    if values.numel() % size:
         scaled[-1] = blocks[-1] / absmax[-1].clamp(min=TINY)
     return scaled.clamp(-1, 1), absmax
+
+
+def _blocks(values: torch.Tensor, size: int) -> torch.Tensor:
+    """float32 [blocks, size], the last one filled up with zeros."""
+    flat = values.reshape(-1).float()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).reshape(-1, size)

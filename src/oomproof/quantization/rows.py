@@ -6,10 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
+from oomproof.formats import BLOCK_SIZE, FINE_BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
 
-_WEIGHTS = {"absmax": BLOCK_SIZE, "nested_absmax": BLOCK_SIZE * NESTED_BLOCK_SIZE}
-"""Component → weights that one element stands for, whatever their rows."""
 _SHARED = {"quant_map", "nested_quant_map", "nested_offset"}
 
 
@@ -28,14 +26,21 @@ def parts_of_rows(
         ValueError: `first` lies within an element.
     """
     rows, columns = shape
+    numel = rows * columns
+    fine = "absmax" in parts and parts["absmax"].numel() != ceil_div(numel, BLOCK_SIZE)
+    # Component → weights that one element stands for, whatever their rows.
+    weights = {
+        "absmax": FINE_BLOCK_SIZE if fine else BLOCK_SIZE,
+        "nested_absmax": BLOCK_SIZE * NESTED_BLOCK_SIZE,
+    }
     found: dict[str, torch.Tensor] = {}
     for name, part in parts.items():
-        if name in _SHARED:
+        if name in _SHARED or (name == "nested_absmax" and part.numel() == 1):
             found[name] = part
-        elif name == "scale" or (name == "weight" and part.numel() == rows * columns):
+        elif name == "scale" or (name == "weight" and part.numel() == numel):
             found[name] = part.view(rows, -1)[first:end].view(-1)
         else:
-            each = _WEIGHTS.get(name, 2)
+            each = weights.get(name, 2)
             start, rest = divmod(first * columns, each)
             if rest:
                 raise ValueError(f"row {first} of {columns} columns begins within its {name}")

@@ -22,6 +22,7 @@ def tiles_weight(
     """Whether a weight of these components is held in tiles where a GPU reads it."""
     return (
         weight_format.weight_dtype is DType.UINT8
+        and weight_format.block_size == BLOCK_SIZE
         and can_tile(shape)
         and components == weight_format.components(*shape)
         and _needed_bytes(weight_format, shape) <= TILING_BYTES

@@ -47,7 +47,8 @@ class Launch:
         plan = self.plan
         placed = tuple((one.index, one.kind, one.layers) for one in plan.devices_in_use)
         return (
-            *(plan.fingerprint, plan.format, plan.kv_format, plan.compute_dtype),
+            *(plan.fingerprint, plan.format, plan.search, plan.kv_format, plan.compute_dtype),
+            *plan.tensor_formats.items(),
             *(plan.engine, plan.attention, plan.context, plan.concurrency, placed),
         )
 

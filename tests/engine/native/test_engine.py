@@ -41,7 +41,7 @@ FAMILIES = (
     "qwen2, yarn",
     "qwen3",
 )
-FORMATS = ("fp32", "int8", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq")
+FORMATS = ("fp32", "int8", "int4", "nf4", "nf4-dq", "nf4-g16", "fp4", "fp4-dq")
 
 
 def engine_of(folder: Path, **options: Any) -> NativeEngine:

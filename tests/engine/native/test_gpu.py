@@ -25,7 +25,7 @@ from tests.engine.native.test_engine import (
 from tests.quantization.weights import encode_in_slices
 
 pytestmark = pytest.mark.gpu
-FORMATS = ("bf16", "fp16", "int8", "fp8", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq")
+FORMATS = ("bf16", "fp16", "int8", "fp8", "int4", "nf4", "nf4-dq", "nf4-g16", "fp4", "fp4-dq")
 
 
 @torch.inference_mode()
@@ -80,7 +80,9 @@ def test_logits_are_those_of_a_float32_reference(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("format_name", ["fp32", "int8", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq"])
+@pytest.mark.parametrize(
+    "format_name", ["fp32", "int8", "int4", "nf4", "nf4-dq", "nf4-g16", "fp4", "fp4-dq"]
+)
 def test_in_float32_logits_are_the_references_to_rounding(
     family: str, format_name: str, tmp_path: Path
 ) -> None:

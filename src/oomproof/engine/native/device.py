@@ -16,7 +16,7 @@ from oomproof.engine.native.stored import StoredWeights
 from oomproof.engine.native.streaming import LayerStream
 from oomproof.engine.native.weights import LayerWeights, Parameter
 from oomproof.errors import NotRunnableError, PlanMismatchError
-from oomproof.formats import DType, get_format
+from oomproof.formats import DType
 from oomproof.loading.targets import Target
 from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.model import unit_of
@@ -141,7 +141,8 @@ class NativeDevice:
         ) -> list[Target]:
             if held is not None and parameter.placed.held.quantized:
                 return held.targets(parameter, home)
-            return [parameter.target(workspace, home, made_up=made_up)]
+            search = self._plan.search
+            return [parameter.target(workspace, home, made_up=made_up, search=search)]
 
         found = [
             target
@@ -176,7 +177,7 @@ class NativeDevice:
             context=plan.context,
             concurrency=plan.concurrency,
             compute_dtype=self._compute_dtype,
-            quantized=get_format(plan.format).is_quantized,
+            quantized=plan.weight_format.is_quantized,
             has_layers=planned.layers is not None,
             has_head=planned.holds_head,
             share=self.share,
@@ -268,7 +269,7 @@ class NativeDevice:
 
 def _blocks(plan: Plan, spec: ModelSpec, *, tiled: bool) -> Sequence[Block]:
     """What each unit of the model holds."""
-    weight_format, compute_dtype = get_format(plan.format), DType(plan.compute_dtype)
+    weight_format, compute_dtype = plan.weight_format, DType(plan.compute_dtype)
     roles = QUANTIZED_ROLES[plan.engine]
     units: list[list[tuple[TensorSpec, StoredTensor]]] = [
         [] for _ in range(spec.num_hidden_layers + 2)

@@ -88,7 +88,7 @@ def lay_out_block(tensors: Iterable[Held], format_name: str, *, tiled: bool = Fa
 
     Args:
         tensors: Those of the block, in the model's order.
-        format_name: The plan's.
+        format_name: Of what does not name its own.
         tiled: Whether 4-bit weights lie in tiles, as far as they can.
     """
     linears: list[Held] = []
@@ -124,10 +124,15 @@ def _weights_of(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name}.weight" for name in names)
 
 
+def _format_of(held: Held, format_name: str) -> str:
+    return held[1].format or format_name
+
+
 def _can_share(members: Sequence[Held], format_name: str, in_turn: bool) -> bool:
     shapes = {spec.shape for spec, _ in members}
     return (
         all(_is_tiled(held, format_name) for held in members)
+        and len({_format_of(held, format_name) for held in members}) == 1
         and len({shape[1] for shape in shapes}) == 1
         and (len(shapes) == 1 or not in_turn)
         and all(
@@ -144,7 +149,11 @@ def _is_tiled(held: Held, format_name: str) -> bool:
     return (
         stored.quantized
         and len(spec.shape) == 2
-        and tiles_weight(get_format(format_name), (spec.shape[0], spec.shape[1]), stored.components)
+        and tiles_weight(
+            get_format(_format_of(held, format_name)),
+            (spec.shape[0], spec.shape[1]),
+            stored.components,
+        )
     )
 
 
@@ -179,7 +188,7 @@ def _lay_out(
             Placed(
                 spec=spec,
                 held=held,
-                format=format_name if held.quantized else _PLAIN[held.dtype],
+                format=held.format or format_name if held.quantized else _PLAIN[held.dtype],
                 offsets=tuple(offsets[number]),
                 tiling=tiling if tiled else None,
             )

@@ -246,7 +246,11 @@ def fused(linears: Sequence[Linear]) -> tuple[Linear, ...]:
     first, *rest = linears
     weights = [linear.parts["weight"] for linear in linears]
     biases = [linear.bias for linear in linears]
-    if not rest or tuple(first.parts) != ("weight",) or not weights[0].is_floating_point():
+    if not rest or not weights[0].is_floating_point():
+        return tuple(linears)
+    if any(
+        tuple(linear.parts) != ("weight",) or linear.handler != first.handler for linear in linears
+    ):
         return tuple(linears)
     if any(linear.handler != first.handler for linear in rest):
         return tuple(linears)

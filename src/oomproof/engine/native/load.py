@@ -195,8 +195,8 @@ def _start(
 
 def _prepare_products(plan: Plan) -> None:
     """Kernels for products of a few tokens, on every GPU: none is compiled after loading."""
-    held = _SCALES.get(plan.format)
-    if held is None:
+    scales = {_SCALES[name] for name in plan.weight_format.members if name in _SCALES}
+    if not scales:
         return
     from oomproof.quantization.dequantize_cuda import prepare_rows
     from oomproof.quantization.products_tiled import prepare
@@ -204,8 +204,9 @@ def _prepare_products(plan: Plan) -> None:
     for planned in plan.devices_in_use:
         device = torch.device("cuda", planned.index)
         dtype: torch.dtype = getattr(torch, plan.compute_dtype)
-        prepare(dtype, held, device)
-        prepare_rows(dtype, held, device)
+        for held in scales:
+            prepare(dtype, held, device)
+            prepare_rows(dtype, held, device)
 
 
 def versions() -> str:

@@ -9,7 +9,7 @@ import torch
 from oomproof.engine.native.layout import GATE_UP, QKV, Block, Held, lay_out_block, name_in_layer
 from oomproof.engine.native.weights import Parameter, tiled_set
 from oomproof.errors import NotRunnableError
-from oomproof.formats import DType, get_format
+from oomproof.formats import DType
 from oomproof.memory.profiles import QUANTIZED_ROLES
 from oomproof.memory.weights import stored
 from oomproof.models.spec import ModelSpec
@@ -72,7 +72,7 @@ def products_of(plan: Plan, spec: ModelSpec) -> list[StepProduct]:
     Raises:
         NotRunnableError: Its decode steps do not use the kernel.
     """
-    weight_format, compute = get_format(plan.format), DType(plan.compute_dtype)
+    weight_format, compute = plan.weight_format, DType(plan.compute_dtype)
     roles = QUANTIZED_ROLES[plan.engine]
     layers: dict[int, dict[str, Held]] = {}
     for tensor in spec.tensors:

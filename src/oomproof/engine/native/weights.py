@@ -64,6 +64,7 @@ class Parameter:
         copy_to: Mapping[str, torch.Tensor] | None = None,
         *,
         made_up: bool = False,
+        search: bool = False,
     ) -> Target:
         """Where the loader brings it.
 
@@ -71,6 +72,7 @@ class Parameter:
             workspace: float32, what quantizing needs beside the parts, shared by all parameters.
             copy_to: Host memory that the finished parts are copied to; None where they stay.
             made_up: Whether no file has it: then it is made on the device, wherever it goes.
+            search: Whether block scales are searched.
         """
         spec = self.placed.spec
         if not self.placed.held.quantized:
@@ -85,13 +87,14 @@ class Parameter:
                 place=None if made_up and copy_to is not None else final,
             )
         shape = self.placed.matrix_shape
+        writes = handler(self.placed.format, search=search)
 
         if self.placed.tiling is not None:
-            writer = TiledWriter(self.handler, self.parts, shape, workspace)
+            writer = TiledWriter(writes, self.parts, shape, workspace)
             store, finish, rows_multiple = writer.encode_slice, writer.finish, TILE_ROWS
         else:
-            store = partial(self._store, workspace)
-            finish = partial(self.handler.finish, self.parts, shape, workspace)
+            store = partial(self._store, writes, workspace)
+            finish = partial(writes.finish, self.parts, shape, workspace)
             is_4bit = self.placed.held.dtype is DType.UINT8
             rows_multiple = _BLOCK_ELEMENTS // gcd(_BLOCK_ELEMENTS, shape[1]) if is_4bit else 1
 
@@ -109,9 +112,10 @@ class Parameter:
             rows_multiple=rows_multiple,
         )
 
-    def _store(self, workspace: torch.Tensor, source: torch.Tensor, first_row: int) -> None:
-        shape = self.placed.matrix_shape
-        self.handler.encode_slice(source, self.parts, first_row, shape, workspace)
+    def _store(
+        self, writes: Handler, workspace: torch.Tensor, source: torch.Tensor, first_row: int
+    ) -> None:
+        writes.encode_slice(source, self.parts, first_row, self.placed.matrix_shape, workspace)
 
 
 def _store_plain(final: torch.Tensor, values: torch.Tensor, first_row: int) -> None:

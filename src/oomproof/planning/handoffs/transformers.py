@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from oomproof.errors import InputError
-from oomproof.formats import get_format
 from oomproof.planning.plan import DevicePlan, Plan
 
 
@@ -47,7 +46,7 @@ def quantization_settings(plan: Plan) -> dict[str, Any] | None:
     """
     if plan.quantized_checkpoint is not None:
         return None
-    chosen = get_format(plan.format)
+    chosen = plan.weight_format
     if chosen.name == "llm-int8":
         return {"load_in_8bit": True, "llm_int8_threshold": 6.0}
     if chosen.quant_type is None:
