@@ -85,8 +85,10 @@ def test_a_watched_model_a_leak_and_a_failed_allocation(tmp_path: Path) -> None:
     assert found["fragmentation"] >= 0
     # Where the driver tells a process's bytes (not in every container), they hold the plan's sum.
     assert found["nvml_bytes"] is None or found["nvml_bytes"] > 0
-    [(device, term, pace)] = found["leaks"]
-    assert (device, term) == (0, "allocated")
+    # The tensors' own objects may be told too, as host memory that grows.
+    on_device = [leak for leak in found["leaks"] if leak[0] is not None]
+    assert [leak[:2] for leak in on_device] == [[0, "allocated"]], found["leaks"]
+    pace = on_device[0][2]
     assert 4096 <= pace < 4200
     assert (found["asked"], found["device"]) == (1 << 46, 0)
     assert 64 << 20 in found["classes"]

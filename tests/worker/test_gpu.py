@@ -28,6 +28,16 @@ def free_bytes() -> int:
     return probe().devices[0].free_bytes
 
 
+def is_back(before: int) -> bool:
+    """Whether what was free is free again; a driver takes a killed process's memory back late."""
+    deadline = time.monotonic() + 10
+    while abs(free_bytes() - before) >= 64 * MIB:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 @pytest.mark.parametrize("format_name", ["bf16", "nf4-dq"])
 def test_answers_are_those_of_the_engine_in_this_process(format_name: str) -> None:
     made = session.plan("tiny", format=format_name, context=512, concurrency=2)
@@ -79,9 +89,9 @@ def test_memory_comes_back_when_a_worker_is_killed() -> None:
         assert free_bytes() < before - 100 * MIB
         os.kill(engine.pid, signal.SIGKILL)
         assert wait_until_gone(engine.pid)
-        assert abs(free_bytes() - before) < 64 * MIB
+        assert is_back(before)
         assert model.generate("It was", max_new_tokens=5)
-    assert abs(free_bytes() - before) < 64 * MIB
+    assert is_back(before)
 
 
 def test_a_parent_never_starts_cuda_and_run_uses_a_worker_by_itself() -> None:
