@@ -38,6 +38,7 @@ _FP8_MAX = tl.constexpr(reference.FP8_MAX)
 _FP4_CODES = tl.constexpr(sum(code << 4 * rank for rank, code in enumerate(FP4_CODES)))
 # Adding and subtracting 1.5 × 2²³ rounds to the nearest integer, ties to even.
 _ROUNDER = tl.constexpr(12582912.0)
+_LEAST_NORMAL = tl.constexpr(2.0**-126)
 _INT4 = ()
 """No thresholds: the codes are integers."""
 
@@ -211,7 +212,9 @@ def _blocks(
                 "rcp.approx.ftz.f32 $0, $1;", "=f,f", [_at_least_tiny(peak)],
                 dtype=tl.float32, is_pure=True, pack=1,
             )  # fmt: skip
-            scaled = value * inverse[:, None]
+            # Fast arithmetic takes what is below the least normal number for 0, which has no sign.
+            normal = tl.where(tl.abs(value) >= _LEAST_NORMAL, value, 0.0)
+            scaled = normal * inverse[:, None]
         else:
             scaled = (
                 value
