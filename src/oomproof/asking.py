@@ -42,6 +42,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
     what_would_it_take: bool = False,
     search: bool = False,
     revision: str | None = None,
+    allow_pickle: bool = False,
 ) -> Plan:
     """Plans a model on this machine, or on a described one.
 
@@ -65,11 +66,12 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         what_would_it_take: Also looks for the smallest listed hardware on which it would fit.
         search: Searches the block scales of 4-bit formats for the least error while loading.
         revision: Branch, tag or commit of a hub id.
+        allow_pickle: Converts a folder whose weights are pickles first, in a process of its own.
 
     Raises:
         InputError: Any of these cannot be understood or served; see oomproof.errors.
     """
-    spec = resolve(str(model), revision=revision)
+    spec = resolve(str(model), revision=revision, allow_pickle=allow_pickle)
     limits = read_limits(max_memory)
     request = PlanRequest(
         format=format,
@@ -104,6 +106,7 @@ def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
     reserve: int | str = 0,
     cap: int | str | None = None,
     revision: str | None = None,
+    allow_pickle: bool = False,
 ) -> HandOff:
     """Plans a model for another engine, in that engine's own format and words.
 
@@ -119,6 +122,7 @@ def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
         reserve: As for `plan`.
         cap: As for `plan`.
         revision: As for `plan`.
+        allow_pickle: As for `plan`.
 
     Raises:
         InputError: Any of these cannot be understood or served.
@@ -128,7 +132,7 @@ def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
     from oomproof.planning.handoffs import require_target
 
     require_target(target)
-    spec = resolve(str(model), revision=revision)
+    spec = resolve(str(model), revision=revision, allow_pickle=allow_pickle)
     hardware = probe() if gpus is None else describe(gpus, several_machines=target == "mlx")
     limits = read_limits(max_memory)
     request = PlanRequest(

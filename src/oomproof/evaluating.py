@@ -39,6 +39,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     max_memory: Mapping[int | Literal["cpu"], int | str] | None = None,
     reserve: int | str = 0,
     revision: str | None = None,
+    allow_pickle: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -54,6 +55,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
         max_memory: Device index → most bytes to use there ("20GiB"); "cpu" → host RAM.
         reserve: Free memory of the device to leave alone.
         revision: Branch, tag or commit of a hub id.
+        allow_pickle: Converts a folder whose weights are pickles first, in a process of its own.
         seed: Of the draws that confidence intervals come from.
         progress: Told of bytes downloaded, and of the bytes of layers that are done with ("load").
 
@@ -70,7 +72,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     wanted = _count(tokens, DEFAULT_TOKENS, "tokens", 1, MAX_TOKENS)
     limits = read_limits(max_memory)
     reserved = read_bytes(reserve, "reserve") or 0
-    spec = resolve(str(model), revision=revision)
+    spec = resolve(str(model), revision=revision, allow_pickle=allow_pickle)
     hardware = probe()
     device = max(hardware.devices, key=lambda one: one.free_bytes)
     dtype = _compute_dtype(compute_dtype)

@@ -22,6 +22,8 @@ BLOCK_SIZE = 64
 """Weights that share one absmax in the 4-bit formats."""
 FINE_BLOCK_SIZE = 16
 """The same in nf4-g16."""
+FP8_BLOCK = 128
+"""Rows, and columns, of the squares of weights that share a scale in fp8-block."""
 NESTED_BLOCK_SIZE = 256
 """Absmax values that share one second-level scale under double quantization."""
 
@@ -100,6 +102,8 @@ class Format:
     """Weights that share a scale, where blocks of them do."""
     quantizes_experts: bool = False
     """Whether experts that are stacked in one parameter are stored so too."""
+    foreign: bool = False
+    """Whether it is the layout of checkpoints, in which no engine here holds weights."""
     by_tensor: Mapping[str, str] | None = None
     """Tensor name → format, of a mixture; what it does not name stays in 16 bits."""
     summary: str = ""
@@ -194,6 +198,14 @@ def _int4(rows: int, columns: int) -> tuple[Component, ...]:
     return (
         Component(name="weight", dtype=DType.UINT8, numel=ceil_div(numel, 2)),
         Component(name="scale", dtype=DType.BFLOAT16, numel=rows * ceil_div(columns, BLOCK_SIZE)),
+    )
+
+
+def _fp8_block(rows: int, columns: int) -> tuple[Component, ...]:
+    squares = ceil_div(rows, FP8_BLOCK) * ceil_div(columns, FP8_BLOCK)
+    return (
+        Component(name="weight", dtype=DType.FLOAT8_E4M3FN, numel=rows * columns),
+        Component(name="block_scale", dtype=DType.FLOAT32, numel=squares),
     )
 
 
@@ -301,6 +313,17 @@ FORMATS: dict[str, Format] = {
     )
 }
 
+READ_FORMATS: dict[str, Format] = {
+    "fp8-block": Format(
+        name="fp8-block",
+        bits_per_weight=8 + 32 / FP8_BLOCK**2,
+        weight_dtype=DType.FLOAT8_E4M3FN,
+        components=_fp8_block,
+        summary="e4m3, one float32 scale for each 128 x 128, weight-only",
+    )
+}
+"""Formats that the native engine holds where a checkpoint has them, and quantizes nothing into."""
+
 SEARCHED_FORMATS = ("nf4", "nf4-dq", "nf4-g16", "fp4", "fp4-dq", "int4")
 """Formats whose block scales can be searched for the least error: other bits, the same layout."""
 
@@ -355,3 +378,12 @@ def get_format(name: str) -> Format:
             f"unknown format {name!r}", remedy=f"use one of {', '.join(FORMATS)}, {FIT}"
         )
     return found
+
+
+def held_format(name: str) -> Format:
+    """As `get_format`, of what an engine holds: also what only checkpoints come in.
+
+    Raises:
+        InputError: There is none.
+    """
+    return READ_FORMATS.get(name) or get_format(name)

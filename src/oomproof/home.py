@@ -1,7 +1,7 @@
 """Where oomproof keeps its own files.
 
 What rehearsals measured, kernels that were compiled, launches that tuning found, which models run
-now, and what is known of allocations that failed.
+now, what is known of allocations that failed, and pickles that were made into safetensors.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from oomproof.agreement import Progress, agree, fetch, of_stage, require_run_packages
 from oomproof.asking import plan
 from oomproof.errors import InputError, NotRunnableError, PlanDoesNotFitError
-from oomproof.formats import FIT
+from oomproof.formats import FIT, FORMATS
 from oomproof.models.resolve import with_checkpoint
 from oomproof.planning.notes import read_notes, write_notes
 from oomproof.planning.plan import Plan
@@ -170,7 +170,8 @@ def _refuse_made_up(agreed: Plan, verb: str) -> None:
     if agreed.quantized_checkpoint is not None:
         raise NotRunnableError(
             f"{agreed.model} is quantized already, and random weights are made in 16 bits",
-            remedy=f"{verb} its 16-bit model with --format {agreed.format}",
+            remedy=f"{verb} its 16-bit model"
+            + (f" with --format {agreed.format}" if agreed.format in FORMATS else ""),
         )
 
 

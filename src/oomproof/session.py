@@ -149,7 +149,7 @@ def from_pretrained(
     )
 
 
-def quantize(
+def quantize(  # noqa: PLR0913 - one keyword an option of the command line
     model: str | Path,
     out: str | Path,
     *,
@@ -158,6 +158,7 @@ def quantize(
     device: str = "auto",
     shard: str | int = "1GiB",
     revision: str | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Writes a model's checkpoint in 4 bits, as a folder that transformers and `load` read.
@@ -175,6 +176,7 @@ def quantize(
         device: What quantizes: "cpu", "cuda", "cuda:1", or "auto": a GPU where there is one.
         shard: The most that a file has.
         revision: Branch, tag or commit of a hub id.
+        allow_pickle: Converts a folder whose weights are pickles first, in a process of its own.
         progress: Told of bytes downloaded and quantized.
 
     Raises:
@@ -192,7 +194,7 @@ def quantize(
             f"shard {str(shard)[:40]!r} is less than {format_bytes(MIN_SHARD_BYTES)}",
             remedy="leave --shard out",
         )
-    spec = with_checkpoint(resolve(str(model), revision=revision))
+    spec = with_checkpoint(resolve(str(model), revision=revision, allow_pickle=allow_pickle))
     job = prepare(
         spec,
         Path(out),

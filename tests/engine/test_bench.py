@@ -406,5 +406,5 @@ def test_random_weights_are_not_made_for_a_checkpoint_that_is_quantized_already(
     edit_json(folder / "config.json", quantization_config=settings)
     for weights in folder.glob("*.safetensors*"):
         weights.unlink()
-    with pytest.raises(NotRunnableError, match="bench its 16-bit model with --format llm-int8"):
+    with pytest.raises(NotRunnableError, match="bench its 16-bit model with --format int8"):
         session.bench(folder, random_weights=True)

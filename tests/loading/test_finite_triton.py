@@ -27,6 +27,12 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             flags = torch.zeros(3, dtype=torch.int32)
             mark_non_finite(values[:count], flags, 1)
             assert flags.tolist() == [0, expected, 0], (dtype, count, value)
+bytes_ = torch.arange(256, dtype=torch.uint8)
+for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+    flags = torch.zeros(256, dtype=torch.int32)
+    for byte in range(256):
+        mark_non_finite(bytes_[byte : byte + 1].view(dtype), flags, byte)
+    assert torch.equal(flags == 0, torch.isfinite(bytes_.view(dtype).float())), dtype
 flags = torch.tensor([1], dtype=torch.int32)
 mark_non_finite(torch.ones(5), flags, 0)
 assert flags.tolist() == [1], "a later slice must not clear what an earlier one set"

@@ -13,7 +13,8 @@ import pytest
 from oomproof.errors import CheckpointError, ConfigError, InputError
 from oomproof.formats import FORMATS, DType, is_known_format
 from oomproof.hardware.describe import describe
-from oomproof.models.quantization import READERS, CheckpointQuantization
+from oomproof.models.quantization import READERS
+from oomproof.models.quantized import CheckpointQuantization
 from oomproof.models.resolve import resolve
 from oomproof.models.spec import ModelSpec, Role
 from oomproof.planning.plan import Plan
@@ -70,9 +71,11 @@ def quantization(fields: Mapping[str, object]) -> CheckpointQuantization:
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp4"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "llm-int8"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+        ({"load_in_8bit": True}, "llm-int8"),
         (FBGEMM, "fp8"),
         (BLOCK, "fp8-block"),
         (FP8_STATIC, "fp8"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "fp8"),
         (W8A8, "w8a8"),
         (W4A16, "w4a16-g32"),
         (GPTQ, "gptq-4bit-g32"),
@@ -284,7 +287,8 @@ def parts_of(spec: ModelSpec) -> Parts:
         if tensor.role is Role.LINEAR and not tensor.kept:
             module = tensor.name.removesuffix(".weight")
             for part in own.format.components(*tensor.shape):
-                found[f"{module}.{part.name}"] = (part.dtype, (part.numel,))
+                shape = tensor.shape if part.numel == prod(tensor.shape) else (part.numel,)
+                found[f"{module}.{part.name}"] = (part.dtype, shape)
         else:
             found[tensor.name] = (DType.BFLOAT16, tensor.shape)
     return found

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from oomproof.errors import InputError
-from oomproof.formats import FORMATS
+from oomproof.formats import FORMATS, held_format
 from oomproof.hardware.describe import describe
 from oomproof.hardware.spec import DeviceKind, DeviceSpec, Hardware, HostSpec
 from oomproof.models.resolve import resolve
-from oomproof.models.spec import ModelSpec
+from oomproof.models.spec import ModelSpec, Role
 from oomproof.planning.engines import ENGINES, choose_engine, why_not_native
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
@@ -179,29 +179,135 @@ def test_old_cards_are_offered_what_transformers_runs_there() -> None:
 # --- checkpoints that are quantized already
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+LLM_INT8: dict[str, object] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+FBGEMM: dict[str, object] = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+BLOCK: dict[str, object] = {
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}
+
+
+def compressed(
+    strategy: str = "channel",
+    inputs: object = "dynamic",
+    kind: str = "float",
+    group_size: int | None = None,
+    **fields: object,
+) -> dict[str, object]:
+    scales: dict[str, object] = {"num_bits": 8, "type": kind, "strategy": strategy}
+    scales |= {"symmetric": True, "group_size": group_size}
+    dynamic = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": inputs == "dynamic"}
+    group = {"weights": scales, "input_activations": None if inputs is None else dynamic}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if kind == "float" else "int-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        **fields,
+    }
+
+
+def quantized(fields: dict[str, object], name: str = "llama") -> ModelSpec:
+    return spec_of(SMALL_CONFIGS[name] | {"quantization_config": fields})
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "why"),
     [
-        {"quant_method": "bitsandbytes", "load_in_8bit": True},
-        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+        (GPTQ, "gptq checkpoints in gptq-4bit-g32"),
+        (BLOCK | {"weight_block_size": [64, 128]}, "fp8-block: blocks of 128 x 128 with dynamic"),
+        (BLOCK | {"activation_scheme": "static"}, "blocks of 128 x 128 with dynamic"),
+        (compressed(inputs=None), "fp8: its activations are in 16 bits, those of native fp8 in 8"),
+        (compressed("group", group_size=32), "its scales are by group"),
+        (compressed(kv_cache_scheme={"num_bits": 8}), "it has scales of a KV cache"),
+        (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "it has sparse weights"),
+        (compressed(transform_config={"config_groups": {"u": {}}}), "it has transforms of its"),
     ],
-    ids=lambda fields: str(fields["quant_method"]),
 )
-def test_a_checkpoint_that_is_quantized_otherwise_is_not_ours(fields: dict[str, object]) -> None:
-    spec = spec_of(SMALL_CONFIGS["llama"] | {"quantization_config": fields})
+def test_a_checkpoint_that_is_quantized_otherwise_is_not_ours(
+    fields: dict[str, object], why: str
+) -> None:
+    spec = quantized(fields)
     own = spec.checkpoint_quantization
     assert own is not None
     assert own.format is not None
-    said = (
-        "of checkpoints that are quantized already the native engine reads those of bitsandbytes "
-        f"in 4 bits, not {own.method} in {own.format.name}"
-    )
-    assert why_not_native(spec, own.format, [device()]) == said
+    said = why_not_native(spec, own.format, [device()])
+    assert said is not None
+    assert why in said
     plan = planned(spec)
-    assert (plan.engine, plan.format) == ("transformers", own.format.name)
-    assert plan.runnable == (own.method == "bitsandbytes")
+    assert (plan.engine, plan.format, plan.runnable) == ("transformers", own.format.name, False)
     forced = planned(spec, engine="native")
     assert (forced.engine, forced.runnable, forced.not_runnable) == ("native", False, said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "note"),
+    [
+        (LLM_INT8, "int8", "activations stay in 16 bits, outliers or not"),
+        (FBGEMM, "fp8", "activations are scaled token by token, and not bounded by input_scale_ub"),
+        (BLOCK, "fp8-block", "activations stay in 16 bits"),
+        (compressed(), "fp8", "held code for code as fp8"),
+        (compressed("tensor"), "fp8", "held code for code as fp8"),
+        (compressed("tensor", "static"), "fp8", "not by the checkpoint's static scales"),
+        (compressed("block"), "fp8-block", "activations stay in 16 bits"),
+        (compressed(kind="int"), "int8", "activations stay in 16 bits"),
+        (compressed(sparsity_config={"format": "dense"}), "fp8", "held code for code as fp8"),
+    ],
+)
+def test_a_checkpoint_of_8_bits_is_ours_in_a_format_that_has_its_codes(
+    fields: dict[str, object], name: str, note: str
+) -> None:
+    spec = quantized(fields)
+    plan = planned(spec)
+    assert (plan.engine, plan.format, plan.runnable) == ("native", name, True)
+    assert any(note in reason for reason in plan.reasons)
+    linears = [tensor for tensor in spec.tensors if tensor.role is Role.LINEAR]
+    weights = sum(held_format(name).stored_bytes(*tensor.shape) for tensor in linears)
+    others = sum(2 * tensor.numel for tensor in spec.tensors if tensor.role is not Role.LINEAR)
+    gaps = 256 * 3 * len(spec.tensors)
+    assert 0 <= plan.devices[0].terms.weights - weights - others < gaps
+    assert planned(spec, format=name) == plan
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.weight_format is held_format(name)
+
+
+def test_fp8_with_a_scale_a_row_needs_the_hardware_and_blocks_do_not() -> None:
+    old = device("cuda", (8, 0))
+    for fields in (FBGEMM, compressed(), compressed("tensor", "static")):
+        plan = planned(quantized(fields), old)
+        assert (plan.format, plan.runnable) == ("fp8", False)
+        assert plan.not_runnable == "fp8 needs compute capability 8.9, card 0 has 8.0"
+    for fields in (BLOCK, compressed("block"), LLM_INT8):
+        assert planned(quantized(fields), old).runnable
+    turing = planned(quantized(BLOCK), device("cuda", (7, 5)))
+    assert not turing.runnable
+
+
+def test_what_the_native_engine_does_not_compute_stays_with_transformers() -> None:
+    spec = quantized(LLM_INT8, "gemma2")
+    plan = planned(spec)
+    assert (plan.engine, plan.format, plan.runnable) == ("transformers", "llm-int8", True)
+    with pytest.raises(InputError, match=r"its format is llm-int8, not int8"):
+        planned(spec, format="int8")
+    asked = planned(quantized(LLM_INT8), engine="transformers")
+    assert (asked.format, asked.runnable) == ("llm-int8", True)
+
+
+@pytest.mark.parametrize("fields", [compressed(kind="int"), LLM_INT8, BLOCK, FBGEMM])
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_hardware_is_looked_for_whatever_the_format_is_called_there(
+    fields: dict[str, object], capability: tuple[int, int]
+) -> None:
+    spec = quantized(fields)
+    plan = planned(spec, device("cuda", capability), what_would_it_take=True)
+    assert plan.what_it_would_take
+
+
+def test_nothing_is_quantized_into_a_format_that_only_checkpoints_come_in() -> None:
+    with pytest.raises(InputError, match="unknown format 'fp8-block'"):
+        planned("llama", format="fp8-block")
 
 
 # --- what was asked for

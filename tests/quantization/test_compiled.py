@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from oomproof.formats import ceil_div
 from oomproof.quantization import operators
 from oomproof.quantization.handlers import HANDLERS, handler
 from tests.quantization.weights import encode_in_slices, random_input, random_weight, tiled_set
@@ -111,6 +112,21 @@ def launch_tiled(dtype: torch.dtype) -> None:
             copy_tiles(weights.codes[::2], weights.codes[1::2])
 
 
+def launch_blocks(dtype: torch.dtype) -> None:
+    """What only checkpoints come in."""
+    scratch = torch.empty(1 << 22, dtype=torch.uint8)
+    for rows, columns in ((128, 4096), (65, 63)):
+        shape = ceil_div(rows, 128), ceil_div(columns, 128)
+        parts = {
+            "weight": torch.zeros(rows, columns, dtype=torch.uint8).view(torch.float8_e4m3fn),
+            "block_scale": torch.ones(shape),
+        }
+        for tokens in (1, 8, 32, 64, 65):
+            x = random_input(tokens, columns, dtype)
+            out = torch.empty(tokens, rows, dtype=dtype)
+            handler("fp8-block").multiply(x, parts, (rows, columns), out, scratch)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_kernel_compiles_and_fits(capability: int, launches: set[Launch]) -> None:
     from triton.backends.compiler import GPUTarget
@@ -119,6 +135,7 @@ def test_every_kernel_compiles_and_fits(capability: int, launches: set[Launch]) 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         launch_all(dtype)
         launch_tiled(dtype)
+        launch_blocks(dtype)
     assert len(launches) > 50
     for kernel, types, constants, aligned, warps_and_stages in launches:
         place = kernel.arg_names.index

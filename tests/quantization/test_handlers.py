@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from oomproof.formats import FORMATS
+from oomproof.errors import InputError
+from oomproof.formats import FORMATS, ceil_div
 from oomproof.quantization import operators
 from oomproof.quantization.handlers import HANDLERS, handler
 from oomproof.quantization.scratch import least_scratch_bytes
@@ -163,3 +164,25 @@ def test_operators_pass_torchs_own_checks() -> None:
             opcheck(operator._call, arguments, test_utils="test_faketensor")
         else:
             opcheck(operator._call, arguments)
+
+
+@pytest.mark.parametrize("shape", [(9, 21), (300, 200), (256, 384)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_squares_are_multiplied_by_their_scales(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows, columns = shape
+    codes = random_weight(shape).to(torch.float8_e4m3fn)
+    scale = torch.rand(ceil_div(rows, 128), ceil_div(columns, 128)) + 0.01
+    parts = {"weight": codes.view(-1), "block_scale": scale.view(-1)}
+    wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    expected = (codes.float() * wide).to(dtype)
+    assert torch.equal(handler("fp8-block").decode(parts, shape, dtype), expected)
+    x, out = random_input(7, columns, dtype), torch.empty(7, rows, dtype=dtype)
+    handler("fp8-block").multiply(x, parts, shape, out, torch.empty(0, dtype=torch.uint8))
+    product = x.double() @ expected.double().t()
+    error = (out.double() - product).norm() / product.norm()
+    assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_nothing_is_quantized_into_squares() -> None:
+    with pytest.raises(InputError, match="nothing is quantized into fp8-block here"):
+        handler("fp8-block").encode(torch.zeros(128, 128))

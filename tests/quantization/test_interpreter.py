@@ -13,7 +13,9 @@ import pytest
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_tiled_kernels.py"])
+@pytest.mark.parametrize(
+    "name", ["test_kernels.py", "test_tiled_kernels.py", "test_block_kernels.py"]
+)
 def test_the_kernels_agree_with_the_references(name: str) -> None:
     # In a process of its own: triton reads the variable when it is imported.
     done = subprocess.run(

@@ -33,6 +33,22 @@ def test_rows_decode_to_what_they_are_in_the_whole(format_name: str, columns: in
             assert start <= part.data_ptr() <= part.data_ptr() + part.nbytes <= stop
 
 
+def test_rows_of_squares_have_the_scales_of_their_squares() -> None:
+    codes = random_weight((300, 200)).to(torch.float8_e4m3fn)
+    parts = {"weight": codes.view(-1), "block_scale": torch.rand(3 * 2)}
+    found = handler("fp8-block")
+    whole = found.decode(parts, (300, 200), torch.float32)
+    for first, end in ((0, 128), (128, 300), (256, 300), (0, 300)):
+        own = parts_of_rows(parts, (300, 200), first, end)
+        assert own["block_scale"].untyped_storage().data_ptr() == (
+            parts["block_scale"].untyped_storage().data_ptr()
+        )
+        decoded = found.decode(own, (end - first, 200), torch.float32)
+        assert same_bits(decoded, whole[first:end].contiguous())
+    with pytest.raises(ValueError, match="row 64 begins within its block_scale"):
+        parts_of_rows(parts, (300, 200), 64, 300)
+
+
 def test_rows_that_begin_within_a_block_are_refused() -> None:
     parts = handler("nf4-dq").encode(random_weight((600, 64)))
     with pytest.raises(ValueError, match="row 100 of 64 columns begins within its nested_absmax"):

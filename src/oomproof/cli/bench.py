@@ -54,6 +54,7 @@ def bench(
     force: options.Force = False,
     search: options.Search = False,
     revision: options.Revision = None,
+    allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
 ) -> None:
     """Time loading, prompts and decoding against what this machine's memory and cores allow."""
@@ -65,6 +66,7 @@ def bench(
     counts = [_count(text) for text in _listed(requests, "requests")]
     lengths = [parse_tokens(text, what="contexts") for text in _listed(contexts, "contexts")]
     session.require_run_packages()
+    options.convert_pickle(model, allowed=allow_pickle)
     planned: dict[str, Any] = {
         "format": format,
         "kv_format": kv_format,
@@ -77,6 +79,7 @@ def bench(
         "force": force,
         "search": search,
         "revision": revision,
+        "allow_pickle": allow_pickle,
     }
     if tune:
         if against is not None:

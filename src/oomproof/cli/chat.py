@@ -47,6 +47,7 @@ def chat(
     search: options.Search = False,
     fallback: options.Fallback = None,
     revision: options.Revision = None,
+    allow_pickle: options.AllowPickle = False,
     trust_remote_code: options.TrustRemoteCode = False,
     worker: options.Worker = None,
 ) -> None:
@@ -75,6 +76,7 @@ def chat(
     )
     allowed = read_fallback(fallback)
     session.require_run_packages()
+    options.convert_pickle(model, allowed=allow_pickle)
     made = session.plan(
         model,
         format=format,
@@ -88,6 +90,7 @@ def chat(
         force=force,
         search=search,
         revision=revision,
+        allow_pickle=allow_pickle,
     )
     print_plan_line(made)
     apart = options.wants_worker(worker, made)

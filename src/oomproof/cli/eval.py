@@ -61,6 +61,7 @@ def evaluate(
     max_memory: options.MaxMemory = None,
     reserve: options.Reserve = None,
     revision: options.Revision = None,
+    allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
 ) -> None:
     """Measure what formats cost on a text: perplexity, KL divergence, agreement, with intervals."""
@@ -72,6 +73,7 @@ def evaluate(
     session.require_run_packages()
     from oomproof.cli.render_eval import print_eval
 
+    options.convert_pickle(model, allowed=allow_pickle)
     with loading_progress() as progress:
         report = session.evaluate(
             model,
@@ -83,6 +85,7 @@ def evaluate(
             max_memory=options.parse_max_memory(max_memory),
             reserve=reserve or 0,
             revision=revision,
+            allow_pickle=allow_pickle,
             progress=progress,
         )
     if html is not None:

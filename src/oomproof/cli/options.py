@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -10,6 +12,7 @@ import typer
 from oomproof.engine.messages import SamplingOptions, check_max_new_tokens
 from oomproof.engine.text import read_stops
 from oomproof.errors import InputError
+from oomproof.models.resolve import BUNDLED
 
 if TYPE_CHECKING:
     from oomproof.planning.plan import Plan
@@ -85,6 +88,14 @@ Cap = Annotated[
 Engine = Annotated[str, typer.Option("--engine", help="auto, native or transformers.")]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read pytorch_model*.bin of a folder, in a process of its own that makes tensors and "
+        "nothing else.",
+    ),
 ]
 Note = Annotated[
     bool,
@@ -182,6 +193,30 @@ def check_sampling(
     if max_new_tokens is not None:
         check_max_new_tokens(max_new_tokens)
     return {**given, "max_new_tokens": max_new_tokens, "stop": read_stops(stop)}
+
+
+def convert_pickle(model: str, *, allowed: bool) -> None:
+    """Converts a folder of pickles, where that is allowed, showing how far it is.
+
+    Whatever reads the folder next finds what this made.
+
+    Raises:
+        OomproofError: As models.pickled.unpickled raises it.
+    """
+    if not allowed or model == BUNDLED:
+        return
+    try:
+        path = Path(model).expanduser()
+        is_folder = path.is_dir()
+    except (RuntimeError, OSError, ValueError):
+        return  # what is wrong with the name is told when it is resolved
+    if not is_folder:
+        return
+    from oomproof.cli.render import loading_progress
+    from oomproof.models.pickled import unpickled
+
+    with loading_progress() as progress:
+        unpickled(path, partial(progress, "convert"))
 
 
 def wants_worker(asked: bool | None, plan: Plan) -> bool:

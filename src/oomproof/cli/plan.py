@@ -62,6 +62,7 @@ def plan(
     plot: Plot = None,
     what_would_it_take: WhatWouldItTake = False,
     revision: options.Revision = None,
+    allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
 ) -> None:
     """Say what each device will hold, and whether it fits. Needs no GPU and no download."""
@@ -69,6 +70,7 @@ def plan(
 
     if plot is not None:
         _check_plot(plot)
+    options.convert_pickle(model, allowed=allow_pickle)
     if target is not None:
         _refuse_beside_for(
             {
@@ -93,6 +95,7 @@ def plan(
                 reserve=reserve or 0,
                 cap=cap,
                 revision=revision,
+                allow_pickle=allow_pickle,
             ),
             as_json=json,
         )
@@ -113,6 +116,7 @@ def plan(
         search=search,
         what_would_it_take=what_would_it_take,
         revision=revision,
+        allow_pickle=allow_pickle,
     )
     if plot is not None:
         _draw(made, plot)

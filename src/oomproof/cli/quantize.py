@@ -43,6 +43,7 @@ def quantize(
     device: Device = "auto",
     shard: Shard = "1GiB",
     revision: options.Revision = None,
+    allow_pickle: options.AllowPickle = False,
     verify: Verify = False,
     json: options.Json = False,
 ) -> None:
@@ -59,6 +60,7 @@ def quantize(
         return
     if out is None:
         raise InputError("--out is missing", remedy="give the folder to make: --out DIR")
+    options.convert_pickle(model, allowed=allow_pickle)
     with loading_progress() as progress:
         report = session.quantize(
             model,
@@ -68,6 +70,7 @@ def quantize(
             device=device,
             shard=shard,
             revision=revision,
+            allow_pickle=allow_pickle,
             progress=progress,
         )
     if report.resumed_files:

@@ -24,6 +24,7 @@ def rehearse(
     force: options.Force = False,
     search: options.Search = False,
     revision: options.Revision = None,
+    allow_pickle: options.AllowPickle = False,
     note: options.Note = True,
     json: options.Json = False,
 ) -> None:
@@ -37,6 +38,7 @@ def rehearse(
     )
 
     session.require_run_packages()
+    options.convert_pickle(model, allowed=allow_pickle)
     made = session.plan(
         model,
         format=format,
@@ -51,6 +53,7 @@ def rehearse(
         force=force,
         search=search,
         revision=revision,
+        allow_pickle=allow_pickle,
     )
     print_plan_line(made)
     with loading_progress() as progress:

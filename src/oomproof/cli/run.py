@@ -64,6 +64,7 @@ def run(
     search: options.Search = False,
     fallback: options.Fallback = None,
     revision: options.Revision = None,
+    allow_pickle: options.AllowPickle = False,
     trust_remote_code: options.TrustRemoteCode = False,
     worker: options.Worker = None,
     json: options.Json = False,
@@ -98,6 +99,7 @@ def run(
         raise RequestError("--logprobs prints nothing without --json", remedy="add --json")
     allowed = read_fallback(fallback)
     session.require_run_packages()
+    options.convert_pickle(model, allowed=allow_pickle)
     made = session.plan(
         model,
         format=format,
@@ -111,6 +113,7 @@ def run(
         force=force,
         search=search,
         revision=revision,
+        allow_pickle=allow_pickle,
     )
     print_plan_line(made)
     with loading_progress() as progress:

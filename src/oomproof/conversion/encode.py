@@ -19,7 +19,7 @@ from oomproof.formats import ceil_div
 from oomproof.loading.slices import Limits
 from oomproof.loading.targets import Target
 from oomproof.memory.native import PINNED_BYTES
-from oomproof.models.quantization import bitsandbytes_parts
+from oomproof.models.stored_parts import bitsandbytes_parts
 from oomproof.quantization.handlers import Handler, handler
 from oomproof.units import MIB
 

@@ -15,9 +15,10 @@ from math import prod
 from oomproof.errors import CheckpointError, InputError
 from oomproof.formats import BLOCK_SIZE, FORMATS, NESTED_BLOCK_SIZE, DType, Format
 from oomproof.models.checkpoint import SINGLE_FILE
-from oomproof.models.headers import DTYPES, LENGTH_BYTES
-from oomproof.models.quantization import PLAIN_DTYPES, bitsandbytes_parts
+from oomproof.models.headers import LENGTH_BYTES, SAFETENSORS_NAMES
+from oomproof.models.quantization import PLAIN_DTYPES
 from oomproof.models.spec import CheckpointSpec, CheckpointTensor, ModelSpec, Role
+from oomproof.models.stored_parts import bitsandbytes_parts
 from oomproof.units import GIB, MIB, round_up
 
 QUANTIZE_FORMATS = tuple(name for name, one in FORMATS.items() if one.quant_type is not None)
@@ -25,7 +26,6 @@ QUANTIZE_FORMATS = tuple(name for name, one in FORMATS.items() if one.quant_type
 QUANTIZE_DTYPES = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 DEFAULT_SHARD_BYTES = GIB
 MIN_SHARD_BYTES = MIB
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OFFSET_CHARACTERS = 24
 """The longest that Python writes a float32."""
 _HEAD = "lm_head.weight"
@@ -254,7 +254,7 @@ def _shard(
         begins.append(end)
         end += prod(entry.shape) * entry.dtype.itemsize
         header[entry.name] = {
-            "dtype": _SAFETENSORS_NAMES[entry.dtype],
+            "dtype": SAFETENSORS_NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [begins[-1], end],
         }

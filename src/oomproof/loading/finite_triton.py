@@ -10,14 +10,16 @@ import triton
 import triton.language as tl
 
 _BLOCK = 8192
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _EXPONENTS = {
+    torch.float8_e4m3fn: 0x7F,
+    torch.float8_e5m2: 0x7C,
     torch.float16: 0x7C00,
     torch.bfloat16: 0x7F80,
     torch.float32: 0x7F80_0000,
     torch.float64: 0x7FF0_0000_0000_0000,
 }
-"""The bits that are all set in NaN and infinity, and in nothing else (IEEE 754)."""
+"""The bits that are all set in NaN and infinity, and in nothing else (IEEE 754, OCP OFP8)."""
 
 
 @triton.jit(do_not_specialize=["index", "count", "exponent"])
@@ -36,7 +38,7 @@ def mark_non_finite(values: torch.Tensor, flags: torch.Tensor, index: int) -> No
     """Sets `flags[index]` to 1 where a value is NaN or infinite, else leaves it.
 
     Args:
-        values: Contiguous, of a float type of 16 bits or more.
+        values: Contiguous, of a float type.
         flags: int32.
         index: Of the flag.
     """

@@ -16,6 +16,8 @@ from oomproof.loading.sources import Buffer, flat_bytes
 from oomproof.units import round_up
 
 _SLOT_ALIGNMENT = 512
+FLOATS_8BIT = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+"""The bits that are all set in NaN and infinity, and in nothing else."""
 
 
 class Lane(Protocol):
@@ -143,7 +145,7 @@ def _deliver(one: Slice, region: torch.Tensor, flags: torch.Tensor) -> None:
     """Checks a slice that has arrived in its batch's memory, and hands it to its target."""
     pair, target = one.pair, one.pair.target
     values = region[one.offset_bytes : one.offset_bytes + one.size_bytes].view(pair.dtype)
-    if pair.dtype.itemsize > 1:
+    if pair.dtype.is_floating_point:
         _check(values, flags, one.number)
     if pair.place is None:
         target.store(values.view(one.shape), one.first_row)
@@ -156,6 +158,11 @@ def _check(values: torch.Tensor, flags: torch.Tensor, number: int) -> None:
         from oomproof.loading.finite_triton import mark_non_finite
 
         mark_non_finite(values, flags, number)
+    elif values.dtype in FLOATS_8BIT:
+        bits = FLOATS_8BIT[values.dtype]
+        # A piece at a time, which stays in a processor's cache.
+        if any(bool(((p & bits) == bits).any()) for p in values.view(torch.uint8).split(1 << 17)):
+            flags[number] = 1
     # Minimum and maximum carry NaN and infinity along, and need no memory of the slice's size.
     elif not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
         flags[number] = 1

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from oomproof.formats import BLOCK_SIZE, DType, Format, ceil_div, get_format
+from oomproof.formats import BLOCK_SIZE, DType, Format, ceil_div, held_format
 from oomproof.memory import native
 from oomproof.memory.kv_cache import layer_kv_bytes
 from oomproof.memory.profiles import EngineProfile
@@ -335,7 +335,7 @@ def _staging_bytes(
     """Bytes that loading a parameter needs on its device besides the parameter itself."""
     if profile.is_static:
         # Slices wait in buffers of a fixed size; double quantization keeps every absmax besides.
-        block_size = BLOCK_SIZE if held.format is None else get_format(held.format).block_size
+        block_size = BLOCK_SIZE if held.format is None else held_format(held.format).block_size
         blocks = ceil_div(tensor.numel, block_size)
         absmax = blocks * DType.FLOAT32.itemsize if held.quantized else 0
         return profile.fragmentation_bytes + profile.loading_bytes + absmax

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from oomproof.formats import FORMATS, Component, DType, Format
+from oomproof.formats import Component, DType, Format
 from oomproof.memory.profiles import EngineProfile
 from oomproof.models.spec import Role, TensorSpec
 from oomproof.units import round_up
@@ -42,14 +42,15 @@ def stored(
     """How an engine that quantizes these roles holds a parameter.
 
     What it does not quantize stays in the compute dtype. A checkpoint that is quantized already
-    says itself what stays, and, where its headers were read, what each parameter takes.
+    says itself what stays, and, where its headers were read, what each parameter takes in its own
+    layout.
     """
     is_quantized = False
     weight_format = weight_format.for_tensor(tensor.name)
     components: tuple[Component, ...] = (
         Component(name="weight", dtype=compute_dtype, numel=tensor.numel),
     )
-    if tensor.stored_as is not None:
+    if weight_format.foreign and tensor.stored_as is not None:
         is_quantized, components = True, tensor.stored_as
     elif weight_format.is_quantized and not tensor.kept:
         if tensor.role in quantized and len(tensor.shape) == 2:
@@ -61,7 +62,7 @@ def stored(
                 replace(part, numel=experts * part.numel)
                 for part in weight_format.components(*matrix)
             )
-    known = is_quantized and tensor.stored_as is None and weight_format.name in FORMATS
+    known = is_quantized and not weight_format.foreign
     return StoredTensor(
         name=tensor.name,
         quantized=is_quantized,

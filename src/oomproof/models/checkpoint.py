@@ -20,6 +20,8 @@ from oomproof.units import MIB
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 MAX_CONFIG_BYTES = 16 * MIB
 MAX_INDEX_BYTES = 64 * MIB
 MAX_INDEX_TENSORS = 10 * MAX_TENSORS
@@ -53,7 +55,7 @@ _VOCABULARIES = {
     "tiktoken.model",
 }
 
-_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+_SHARD_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -94,7 +96,12 @@ def find_weights(names: Collection[str], *, location: str) -> Literal["single", 
         raise CheckpointError(
             f"{location}/{pickles[0]}",
             "is a pickle checkpoint, which can run code when it is opened, and is not read",
-            remedy="use a revision with safetensors, or convert it where you trust it",
+            remedy=(
+                "use a revision with safetensors, or, of a folder, --allow-pickle: another process "
+                "then reads its tensors and nothing else"
+                if {PICKLE_FILE, PICKLE_INDEX_FILE} & set(names)
+                else "use a revision with safetensors, or convert it where you trust it"
+            ),
         )
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if ggufs:
@@ -130,8 +137,13 @@ def has_tokenizer(names: Collection[str]) -> bool:
     return not _VOCABULARIES.isdisjoint(names)
 
 
-def parse_index(raw: bytes, *, location: str) -> dict[str, str]:
+def parse_index(raw: bytes, *, location: str, ending: str = ".safetensors") -> dict[str, str]:
     """Tensor name → shard file, from the bytes of model.safetensors.index.json.
+
+    Args:
+        raw: The file's content.
+        location: Its path, for errors.
+        ending: Of every shard's name.
 
     Raises:
         CheckpointError: It is no such index, or names a shard outside its own folder.
@@ -155,9 +167,9 @@ def parse_index(raw: bytes, *, location: str) -> dict[str, str]:
                 f"names {shorten(file)}, a shard path that leaves the folder",
                 remedy="use a checkpoint you trust",
             )
-        if not _SHARD_NAME.fullmatch(file):
+        if not _SHARD_NAME.fullmatch(file) or not file.endswith(ending) or file == ending:
             raise CheckpointError(
-                location, f"names {shorten(file)}, which is not a plain *.safetensors file name"
+                location, f"names {shorten(file)}, which is not a plain *{ending} file name"
             )
     if len(files) > MAX_SHARDS:
         raise CheckpointError(location, f"names more than {MAX_SHARDS:,} shards")

@@ -48,6 +48,8 @@ DTYPES = {
     "BOOL": DType.BOOL,
 }
 """safetensors' name of an element type → ours."""
+SAFETENSORS_NAMES = {dtype.value: name for name, dtype in DTYPES.items()}
+"""torch's name of an element type → safetensors'."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_PUNCTUATION = 20 * MAX_TENSORS

@@ -8,7 +8,8 @@ bitsandbytes        QLoRA's 4-bit formats and LLM.int8(), as formats.py has them
 fbgemm_fp8          float8 e4m3 with a float32 scale a row, and a bound of the input's scale
                     (transformers, integrations/fbgemm_fp8.py)
 fp8                 "fine-grained": a float32 scale for each block, mostly 128 × 128
-                    (transformers, integrations/finegrained_fp8.py; DeepSeek-V3, Qwen3)
+                    (transformers, integrations/finegrained_fp8.py; DeepSeek-V3, Qwen3); without
+                    blocks a scale a tensor (neuralmagic/AutoFP8)
 compressed-tensors  by its `format`: float- and int-quantized (a scale a tensor, a row or a block),
                     pack-quantized (codes in int32) (vllm-project/compressed-tensors, compressors/)
 gptq                codes packed along the input in int32, a zero and a 16-bit scale a group, and
@@ -19,55 +20,34 @@ awq                 codes packed along the output, a zero and a 16-bit scale a g
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from math import prod
 
-from oomproof.formats import FORMATS, Component, DType, Format, ceil_div
+from oomproof.formats import FORMATS, FP8_BLOCK, Component, DType, ceil_div
+from oomproof.models.compressed_tensors import read_compressed_tensors
 from oomproof.models.config import ConfigReader
+from oomproof.models.quantized import (
+    FP8_CAPABILITY,
+    INT32_BITS,
+    CheckpointQuantization,
+    kept_modules,
+    layout_format,
+)
 from oomproof.models.spec import CheckpointSpec, CheckpointTensor, Role, TensorSpec
+from oomproof.models.stored_parts import (
+    bitsandbytes_parts,
+    block_parts,
+    llm_int8_parts,
+    row_parts,
+    tensor_parts,
+)
 
 PLAIN_DTYPES = frozenset({DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.FLOAT64})
 """Element types of weights that are not quantized."""
-_DEFAULT_KEPT = ("lm_head",)
-_FP8_CAPABILITY = (8, 9)
-_INT32_BITS = 32
 MAX_QUANT_STATE_BYTES = 4096
 """Of the JSON that a bitsandbytes checkpoint holds for each weight; it has about 180."""
-
-Layout = Callable[[int, int], tuple[Component, ...]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointQuantization:
-    """How a checkpoint is quantized."""
-
-    method: str
-    """quant_method of its quantization_config."""
-    format: Format | None
-    """What its linear layers are stored in; None for a method that is not planned."""
-    kept_modules: tuple[str, ...] = ()
-    """Modules that stay in 16 bits, as the config names them."""
-    runs_with: str = ""
-    """What runs such a checkpoint, where no engine of ours does."""
-
-    @property
-    def is_bitsandbytes_4bit(self) -> bool:
-        """Whether its weights are codes of 4 bits as our own engine holds them."""
-        return (
-            self.method == "bitsandbytes"
-            and self.format is not None
-            and self.format.quant_type is not None
-        )
-
-    def keeps(self, module: str) -> bool:
-        """Whether a module stays in 16 bits.
-
-        A name of the config means the module, everything below it, and every module whose path it
-        ends or stands in whole; "re:…" is a regular expression (compressed-tensors' `ignore`).
-        """
-        return any(_matches(name, module) for name in self.kept_modules)
 
 
 def read_quantization(reader: ConfigReader) -> CheckpointQuantization | None:
@@ -81,7 +61,7 @@ def read_quantization(reader: ConfigReader) -> CheckpointQuantization | None:
         return None
     fields = reader.nested("quantization_config", defaults={})
     method = fields.text("quant_method")
-    if method is None and fields.boolean("load_in_4bit"):
+    if method is None and (fields.boolean("load_in_4bit") or fields.boolean("load_in_8bit")):
         method = "bitsandbytes"  # before transformers 4.38 the method was not written
     if method is None:
         fields.fail("quant_method", "is missing")
@@ -107,45 +87,6 @@ def as_stored(
         return tuple(tensors)
     held = parts_of_modules(checkpoint) if checkpoint is not None else {}
     return tuple(_as_stored(tensor, quantization, held) for tensor in tensors)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredPart:
-    """A tensor that a bitsandbytes 4-bit checkpoint holds for one weight."""
-
-    component: str
-    """What it is, in the words of formats.py; "quant_state" for JSON that says how to read it."""
-    name: str
-    """Its name in the file."""
-    dtype: DType
-    shape: tuple[int, ...] | None
-    """None for quant_state, whose length varies."""
-
-
-def bitsandbytes_parts(
-    name: str, shape: tuple[int, ...], weight_format: Format
-) -> tuple[StoredPart, ...]:
-    """What bitsandbytes 4-bit checkpoints hold for the weight `name`.
-
-    As transformers 5 with bitsandbytes 0.50 writes them: the codes are a column, and the offset of
-    double quantization is a number in quant_state.
-    """
-    rows, columns = shape
-    found = [
-        StoredPart(
-            component=part.name,
-            name=name if part.name == "weight" else f"{name}.{part.name}",
-            dtype=part.dtype,
-            shape=(part.numel, 1) if part.name == "weight" else (part.numel,),
-        )
-        for part in weight_format.components(rows, columns)
-        if part.name != "nested_offset"
-    ]
-    state = f"{name}.quant_state.bitsandbytes__{weight_format.quant_type}"
-    return (
-        *found,
-        StoredPart(component="quant_state", name=state, dtype=DType.UINT8, shape=None),
-    )
 
 
 def parts_of_modules(
@@ -184,21 +125,8 @@ def _as_stored(
     return replace(tensor, stored_as=stored)
 
 
-def _matches(name: str, module: str) -> bool:
-    if name.startswith("re:"):
-        try:
-            return re.match(name.removeprefix("re:"), module) is not None
-        except re.error:
-            return False
-    return f".{name}." in f".{module}."
-
-
-def _kept(fields: ConfigReader, name: str) -> tuple[str, ...]:
-    return fields.texts(name) or _DEFAULT_KEPT
-
-
 def _bitsandbytes(fields: ConfigReader) -> CheckpointQuantization:
-    kept = _kept(fields, "llm_int8_skip_modules")
+    kept = kept_modules(fields, "llm_int8_skip_modules")
     if fields.boolean("load_in_8bit"):
         name = "llm-int8"
     elif fields.boolean("load_in_4bit"):
@@ -211,8 +139,18 @@ def _bitsandbytes(fields: ConfigReader) -> CheckpointQuantization:
         name = quant_type + ("-dq" if fields.boolean("bnb_4bit_use_double_quant") else "")
     else:
         fields.fail("load_in_4bit", "is not true, and neither is load_in_8bit")
+    weight_format = FORMATS[name]
+    is_int8 = name == "llm-int8"
     return CheckpointQuantization(
-        method="bitsandbytes", format=FORMATS[name], kept_modules=kept, runs_with="transformers"
+        method="bitsandbytes",
+        format=weight_format,
+        kept_modules=kept,
+        runs_with="transformers",
+        held_as="int8" if is_int8 else name,
+        parts=(
+            llm_int8_parts if is_int8 else partial(bitsandbytes_parts, weight_format=weight_format)
+        ),
+        note="activations stay in 16 bits, outliers or not" if is_int8 else "",
     )
 
 
@@ -226,16 +164,24 @@ def _fbgemm_fp8(fields: ConfigReader) -> CheckpointQuantization:
 
     return CheckpointQuantization(
         method="fbgemm_fp8",
-        format=_fp8("fp8", layout, "e4m3, a float32 scale a row (FBGEMM)"),
-        kept_modules=_kept(fields, "modules_to_not_convert"),
+        format=layout_format(
+            "fp8", 8, layout, "e4m3, a float32 scale a row (FBGEMM)", FP8_CAPABILITY
+        ),
+        kept_modules=kept_modules(fields, "modules_to_not_convert"),
         runs_with="vLLM, or transformers with fbgemm-gpu",
+        held_as="fp8",
+        parts=partial(row_parts, codes=DType.FLOAT8_E4M3FN),
+        note="activations are scaled token by token, and not bounded by input_scale_ub",
     )
 
 
-def _fine_grained_fp8(fields: ConfigReader) -> CheckpointQuantization:
-    block = fields.integers("weight_block_size", low=1, high=65_536) or (128, 128)
+def _fp8(fields: ConfigReader) -> CheckpointQuantization:
+    if fields.value("weight_block_size") is None:
+        return _auto_fp8(fields)
+    block = fields.integers("weight_block_size", low=1, high=65_536)
     if len(block) != 2:
         fields.fail("weight_block_size", f"{list(block)} is not [rows, columns]")
+    is_held = list(block) == [FP8_BLOCK] * 2 and fields.text("activation_scheme") != "static"
 
     def layout(rows: int, columns: int) -> tuple[Component, ...]:
         blocks = ceil_div(rows, block[0]) * ceil_div(columns, block[1])
@@ -246,77 +192,47 @@ def _fine_grained_fp8(fields: ConfigReader) -> CheckpointQuantization:
 
     return CheckpointQuantization(
         method="fp8",
-        format=_fp8("fp8-block", layout, f"e4m3, a float32 scale for each {block[0]}x{block[1]}"),
-        kept_modules=_kept(fields, "modules_to_not_convert"),
+        format=layout_format(
+            "fp8-block",
+            8,
+            layout,
+            f"e4m3, a float32 scale for each {block[0]}x{block[1]}",
+            FP8_CAPABILITY,
+        ),
+        kept_modules=kept_modules(fields, "modules_to_not_convert"),
         runs_with="vLLM, or transformers with a kernel from the hub",
+        held_as="fp8-block" if is_held else None,
+        parts=partial(block_parts, scale="weight_scale_inv") if is_held else None,
+        note="activations stay in 16 bits"
+        if is_held
+        else f"blocks of {FP8_BLOCK} x {FP8_BLOCK} with dynamic activations are read",
     )
 
 
-def _compressed_tensors(fields: ConfigReader) -> CheckpointQuantization:
-    groups = fields.nested("config_groups", defaults={})
-    if not groups.values:
-        groups.fail("", "is empty")
-    if len(groups.values) > 1:
-        groups.fail(next(iter(groups.values)), "is one of several: only one group is planned")
-    group = groups.nested(next(iter(groups.values)), defaults={})
-    weights = group.nested("weights", defaults={"symmetric": True})
-    bits = weights.required("num_bits")
-    strategy = weights.text("strategy") or "tensor"
-    group_size = weights.integer("group_size")
-    packed = (fields.text("format") or "") == "pack-quantized"
-    is_float = weights.text("type") == "float"
-    if not packed and bits != 8:
-        weights.fail("num_bits", f"{bits} is not 8, and the format is not pack-quantized")
-    if strategy == "group" and (group_size is None or group_size < 1):
-        weights.fail("group_size", f"{group_size} is no size of a group")
-    inputs = group.value("input_activations")
-    static = isinstance(inputs, dict) and inputs.get("dynamic") is False
-    symmetric = weights.boolean("symmetric")
-    name, capability = _name_of(bits, packed=packed, is_float=is_float, group_size=group_size)
-    block = weights.integers("block_structure", low=1, high=65_536) or (128, 128)
-
-    def scales(rows: int, columns: int) -> int:
-        by_strategy = {
-            "tensor": 1,
-            "channel": rows,
-            "group": rows * ceil_div(columns, group_size or columns),
-            "block": ceil_div(rows, block[0]) * ceil_div(columns, block[-1]),
-        }
-        return by_strategy.get(strategy, rows)
+def _auto_fp8(fields: ConfigReader) -> CheckpointQuantization:
+    static = fields.text("activation_scheme") == "static"
 
     def layout(rows: int, columns: int) -> tuple[Component, ...]:
-        scale = Component(name="weight_scale", dtype=DType.BFLOAT16, numel=scales(rows, columns))
-        if packed:
-            words = rows * ceil_div(columns * bits, _INT32_BITS)
-            parts = [
-                Component(name="weight_packed", dtype=DType.INT32, numel=words),
-                scale,
-                Component(name="weight_shape", dtype=DType.INT64, numel=2),
-            ]
-            if not symmetric:
-                zeros = ceil_div(rows * bits, _INT32_BITS) * (scale.numel // rows)
-                parts.append(Component(name="weight_zero_point", dtype=DType.INT32, numel=zeros))
-            return tuple(parts)
-        dtype = DType.FLOAT8_E4M3FN if is_float else DType.INT8
-        parts = [Component(name="weight", dtype=dtype, numel=rows * columns), scale]
-        if static:
-            parts.append(Component(name="input_scale", dtype=DType.BFLOAT16, numel=1))
-        return tuple(parts)
+        names = ("weight_scale", *(("input_scale",) if static else ()))
+        scales = (Component(name=name, dtype=DType.FLOAT32, numel=1) for name in names)
+        codes = Component(name="weight", dtype=DType.FLOAT8_E4M3FN, numel=rows * columns)
+        return (codes, *scales)
 
+    summary = "e4m3, a float32 scale a tensor (AutoFP8)"
+    kept = "ignored_layers" if fields.texts("ignored_layers") else "modules_to_not_convert"
     return CheckpointQuantization(
-        method="compressed-tensors",
-        format=_format(name, bits, layout, "compressed-tensors", capability),
-        kept_modules=_kept(fields, "ignore"),
-        runs_with="vLLM, or transformers with compressed-tensors",
+        method="fp8",
+        format=layout_format("fp8", 8, layout, summary, FP8_CAPABILITY),
+        kept_modules=kept_modules(fields, kept),
+        runs_with="vLLM",
+        held_as="fp8",
+        parts=partial(tensor_parts, codes=DType.FLOAT8_E4M3FN),
+        note=(
+            "activations are scaled token by token, not by the checkpoint's static scales"
+            if static
+            else ""
+        ),
     )
-
-
-def _name_of(
-    bits: int, *, packed: bool, is_float: bool, group_size: int | None
-) -> tuple[str, tuple[int, int] | None]:
-    if packed:
-        return f"w{bits}a16" + (f"-g{group_size}" if group_size else ""), None
-    return ("fp8", _FP8_CAPABILITY) if is_float else ("w8a8", None)
 
 
 def _gptq(fields: ConfigReader) -> CheckpointQuantization:
@@ -328,10 +244,10 @@ def _gptq(fields: ConfigReader) -> CheckpointQuantization:
             Component(
                 name="qweight",
                 dtype=DType.INT32,
-                numel=ceil_div(columns * bits, _INT32_BITS) * rows,
+                numel=ceil_div(columns * bits, INT32_BITS) * rows,
             ),
             Component(
-                name="qzeros", dtype=DType.INT32, numel=groups * ceil_div(rows * bits, _INT32_BITS)
+                name="qzeros", dtype=DType.INT32, numel=groups * ceil_div(rows * bits, INT32_BITS)
             ),
             Component(name="scales", dtype=DType.FLOAT16, numel=groups * rows),
             Component(name="g_idx", dtype=DType.INT32, numel=columns),
@@ -339,8 +255,8 @@ def _gptq(fields: ConfigReader) -> CheckpointQuantization:
 
     return CheckpointQuantization(
         method="gptq",
-        format=_format(f"gptq-{bits}bit{_group_name(group_size)}", bits, layout, "GPTQ"),
-        kept_modules=_kept(fields, "modules_to_not_convert"),
+        format=layout_format(f"gptq-{bits}bit{_group_name(group_size)}", bits, layout, "GPTQ"),
+        kept_modules=kept_modules(fields, "modules_to_not_convert"),
         runs_with="vLLM, or transformers with gptqmodel",
     )
 
@@ -350,7 +266,7 @@ def _awq(fields: ConfigReader) -> CheckpointQuantization:
 
     def layout(rows: int, columns: int) -> tuple[Component, ...]:
         groups = ceil_div(columns, group_size) if group_size > 0 else 1
-        words = ceil_div(rows * bits, _INT32_BITS)
+        words = ceil_div(rows * bits, INT32_BITS)
         return (
             Component(name="qweight", dtype=DType.INT32, numel=columns * words),
             Component(name="qzeros", dtype=DType.INT32, numel=groups * words),
@@ -359,8 +275,8 @@ def _awq(fields: ConfigReader) -> CheckpointQuantization:
 
     return CheckpointQuantization(
         method="awq",
-        format=_format(f"awq-{bits}bit{_group_name(group_size)}", bits, layout, "AWQ"),
-        kept_modules=_kept(fields, "modules_to_not_convert"),
+        format=layout_format(f"awq-{bits}bit{_group_name(group_size)}", bits, layout, "AWQ"),
+        kept_modules=kept_modules(fields, "modules_to_not_convert"),
         runs_with="vLLM, or transformers with gptqmodel",
     )
 
@@ -369,36 +285,11 @@ def _group_name(group_size: int) -> str:
     return f"-g{group_size}" if group_size > 0 else ""
 
 
-def _fp8(name: str, layout: Layout, summary: str) -> Format:
-    return _format(name, 8, layout, summary, _FP8_CAPABILITY)
-
-
-def _format(
-    name: str,
-    bits: int,
-    layout: Layout,
-    summary: str,
-    capability: tuple[int, int] | None = None,
-) -> Format:
-    """The layout as a format; its bits a weight are those of a large tensor, scales included."""
-    rows = columns = 8192
-    stored = sum(part.size_bytes for part in layout(rows, columns))
-    return Format(
-        name=name,
-        bits_per_weight=max(bits, 8 * stored / (rows * columns)),
-        weight_dtype=layout(rows, columns)[0].dtype,
-        components=layout,
-        min_compute_capability=capability,
-        quantizes_experts=True,
-        summary=f"{summary}; as the checkpoint holds it",
-    )
-
-
 READERS: dict[str, Callable[[ConfigReader], CheckpointQuantization]] = {
     "bitsandbytes": _bitsandbytes,
     "fbgemm_fp8": _fbgemm_fp8,
-    "fp8": _fine_grained_fp8,
-    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "compressed-tensors": read_compressed_tensors,
     "gptq": _gptq,
     "awq": _awq,
 }

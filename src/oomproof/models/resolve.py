@@ -14,10 +14,9 @@ from oomproof.models.config import read_config
 from oomproof.models.quantization import (
     MAX_QUANT_STATE_BYTES,
     PLAIN_DTYPES,
-    CheckpointQuantization,
-    bitsandbytes_parts,
     parts_of_modules,
 )
+from oomproof.models.quantized import CheckpointQuantization
 from oomproof.models.spec import (
     CheckpointSpec,
     CheckpointTensor,
@@ -38,11 +37,13 @@ def bundled_folder() -> Path:
     return Path(__file__).parent / "bundled" / BUNDLED
 
 
-def resolve(name: str, *, revision: str | None = None) -> ModelSpec:
+def resolve(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> ModelSpec:
     """The model of that name; no weight is read, and the catalog and folders need no network.
 
     The order is: `tiny`, a folder, a name of the catalog (its hub id answers too, unless a
-    revision is asked for), a hub id.
+    revision is asked for), a hub id. Where `allow_pickle`, a folder that has its weights as pickles
+    only is converted first, in a process of its own (models/pickled.py), and the model's source is
+    what that made.
 
     Raises:
         ModelNotFoundError: Nothing answers to the name.
@@ -65,7 +66,7 @@ def resolve(name: str, *, revision: str | None = None) -> ModelSpec:
     except OSError as error:
         raise ModelNotFoundError(f"{name}: cannot be looked at ({error.strerror})") from None
     if exists or _is_path(name):
-        return _from_folder(path, id=name)
+        return _from_folder(path, id=name, allow_pickle=allow_pickle)
     entry = find(name)
     if entry is not None and revision is None:
         return entry.spec(id=name)
@@ -94,9 +95,18 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _from_folder(path: Path, *, id: str) -> ModelSpec:  # noqa: A002
+def _from_folder(
+    path: Path,
+    *,
+    id: str,  # noqa: A002
+    allow_pickle: bool = False,
+) -> ModelSpec:
     from oomproof.models.folder import read_folder
 
+    if allow_pickle:
+        from oomproof.models.pickled import unpickled
+
+        path = unpickled(path)
     contents = read_folder(path)
     spec = build_spec(
         read_config(contents.config, file=contents.config_file),
@@ -151,9 +161,10 @@ def check_tensors(spec: ModelSpec, checkpoint: CheckpointSpec, *, location: str)
     parts = parts_of_modules(checkpoint)
     for tensor in spec.tensors:
         if quantization is not None and tensor.role is Role.LINEAR and not tensor.kept:
-            _check_quantized(tensor, quantization, parts, location)
-            if quantization.is_bitsandbytes_4bit:
-                _check_4bit(tensor, quantization, found, location)
+            if quantization.parts is None:
+                _check_quantized(tensor, quantization, parts, location)
+            else:
+                _check_parts(tensor, quantization, found, location)
             continue
         stored = found.get(tensor.name)
         if stored is None:
@@ -207,16 +218,19 @@ def _check_quantized(
             )
 
 
-def _check_4bit(
+def _check_parts(
     tensor: TensorSpec,
     quantization: CheckpointQuantization,
     found: Mapping[str, CheckpointTensor],
     location: str,
 ) -> None:
-    """Compares every tensor that a bitsandbytes checkpoint holds for a weight with its layout."""
+    """Compares every tensor that the native engine reads for a weight with its layout."""
     assert quantization.format is not None
-    for part in bitsandbytes_parts(tensor.name, tensor.shape, quantization.format):
+    assert quantization.parts is not None
+    for part in quantization.parts(tensor.name, tensor.shape):
         held = found.get(part.name)
+        if held is None and not part.required:
+            continue
         if held is None:
             raise CheckpointError(
                 location,
@@ -225,10 +239,11 @@ def _check_4bit(
             )
         if part.shape is None:
             fits = len(held.shape) == 1 and 0 < held.size_bytes <= MAX_QUANT_STATE_BYTES
+            fits = fits and held.dtype is part.dtype
             expected = f"at most {MAX_QUANT_STATE_BYTES} bytes"
         else:
-            fits, expected = held.shape == part.shape, str(list(part.shape))
-        if not fits or held.dtype is not part.dtype:
+            fits, expected = part.accepts(held.dtype, held.shape), str(list(part.shape))
+        if not fits:
             raise CheckpointError(
                 held.file,
                 f"{held.name!r} is {held.dtype} {list(held.shape)}, "

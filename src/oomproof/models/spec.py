@@ -14,7 +14,7 @@ from oomproof.formats import Component, DType
 from oomproof.models.forward import ForwardSpec
 
 if TYPE_CHECKING:
-    from oomproof.models.quantization import CheckpointQuantization
+    from oomproof.models.quantized import CheckpointQuantization
 
 
 class Role(StrEnum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from oomproof.formats import Format
+from oomproof.formats import READ_FORMATS, Format, held_format
 from oomproof.hardware.spec import DeviceSpec
 from oomproof.memory.profiles import NATIVE_FORMATS
 from oomproof.models.spec import ModelSpec
@@ -30,12 +30,14 @@ def why_not_native(
     if spec.not_native is not None:
         return spec.not_native
     own = spec.checkpoint_quantization
-    if own is not None and not own.is_bitsandbytes_4bit:
+    if own is not None and own.held_as is None:
         return (
-            "of checkpoints that are quantized already the native engine reads those of "
-            f"bitsandbytes in 4 bits, not {own.method}"
+            f"the native engine does not read {own.method} checkpoints"
             + ("" if own.format is None else f" in {own.format.name}")
+            + (f": {own.note}" if own.note else "")
         )
+    if own is not None and own.held_as is not None:
+        weight_format = held_format(own.held_as)
     for device in devices:
         if device.kind not in ("cuda", "cpu"):
             return f"the native engine runs on NVIDIA GPUs and on processors, not on {device.kind}"
@@ -46,6 +48,6 @@ def why_not_native(
                 f"the native engine needs compute capability {needed}, "
                 f"{device.name} has {has[0]}.{has[1]}"
             )
-    if not weight_format.members <= NATIVE_FORMATS:
+    if not weight_format.members <= NATIVE_FORMATS and weight_format.name not in READ_FORMATS:
         return f"the native engine does not hold {weight_format.name}"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from oomproof.formats import DType, Format
+from oomproof.formats import READ_FORMATS, DType, Format
 from oomproof.hardware.spec import DeviceSpec
 from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.profiles import EngineProfile
@@ -68,12 +68,20 @@ def _why_not_held(
             f"{device.name} has {has[0]}.{has[1]}"
         )
     stored = spec.checkpoint_quantization
-    if stored is not None and stored.method != "bitsandbytes":
+    reads = stored is not None and (
+        stored.held_as is not None
+        if profile.engine == "native"
+        else stored.method == "bitsandbytes"
+    )
+    if stored is not None and not reads:
+        why = f" ({stored.note})" if stored.held_as is None and stored.note else ""
         return (
             f"{stored.method} checkpoints are planned as they are, and not run by the "
-            f"{profile.engine} engine here; {stored.runs_with} runs them"
+            f"{profile.engine} engine here{why}; {stored.runs_with} runs them"
         )
     is_mixed = weight_format.by_tensor is not None
+    if profile.engine == "native" and weight_format.name in READ_FORMATS:
+        return None
     if not weight_format.members <= profile.formats or (is_mixed and profile.engine != "native"):
         return f"{weight_format.name} is not run by the {profile.engine} engine on {device.kind}"
     return None
@@ -186,6 +194,17 @@ def price_of_streaming(candidate: Candidate) -> str:
     return (
         f"{format_bytes(candidate.streamed_bytes)} of the layers stay in host RAM and travel at "
         f"{rates} for every token: {candidate.decode_speed:.2g} tokens/s at best"
+    )
+
+
+def held_otherwise(spec: ModelSpec, weight_format: Format) -> str | None:
+    """How the native engine holds a checkpoint in another layout; None where it is the same."""
+    own = spec.checkpoint_quantization
+    if own is None or own.format is None or own.held_as is None or weight_format is own.format:
+        return None
+    return (
+        f"its weights, {own.method} in {own.format.name}, are held code for code as "
+        f"{weight_format.name}" + (f"; {own.note}" if own.note else "")
     )
 
 

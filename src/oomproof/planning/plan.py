@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from oomproof.errors import InputError
-from oomproof.formats import FIT, FORMATS, DType, Format, get_format, is_known_format, mixture
+from oomproof.formats import FIT, FORMATS, DType, Format, held_format, is_known_format, mixture
 from oomproof.hardware.spec import DeviceKind
 from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.profiles import QUANTIZED_ROLES
@@ -189,7 +189,7 @@ class Plan:
         Raises:
             InputError: It is no format of ours, but a checkpoint's own.
         """
-        return mixture(self.tensor_formats) if self.format == FIT else get_format(self.format)
+        return mixture(self.tensor_formats) if self.format == FIT else held_format(self.format)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as `plan --json` prints them (docs/1-planning.md)."""

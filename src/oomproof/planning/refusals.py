@@ -22,12 +22,8 @@ def refuse_impossible(spec: ModelSpec, hardware: Hardware, request: PlanRequest)
             remedy="plan the 16-bit checkpoint it was made from",
         )
     name = own.format.name if own is not None and own.format is not None else None
-    if own is not None and request.format not in ("auto", name):
-        raise InputError(
-            f"{spec.id} is already quantized ({own.method}): its format is {name}, "
-            f"not {request.format}",
-            remedy="leave --format out, or plan the 16-bit checkpoint it was made from",
-        )
+    if own is not None and request.format not in ("auto", name, own.held_as):
+        raise another_format(spec, str(name), request.format)
     if own is not None and request.search:
         raise InputError(
             f"{spec.id} is already quantized ({own.method}): its scales are not searched again",
@@ -39,3 +35,13 @@ def refuse_impossible(spec: ModelSpec, hardware: Hardware, request: PlanRequest)
             raise InputError(
                 f"max-memory names device {index}", remedy=f"the devices here are {present}"
             )
+
+
+def another_format(spec: ModelSpec, held: str, asked: str) -> InputError:
+    """The error for a format that a quantized checkpoint is not in."""
+    own = spec.checkpoint_quantization
+    method = "" if own is None else f" ({own.method})"
+    return InputError(
+        f"{spec.id} is already quantized{method}: its format is {held}, not {asked}",
+        remedy="leave --format out, or plan the 16-bit checkpoint it was made from",
+    )

@@ -8,7 +8,16 @@ from dataclasses import replace
 from functools import cached_property
 
 from oomproof.errors import InputError
-from oomproof.formats import FIT, FORMATS, QUALITY_ORDER, DType, Format, get_format, mixture
+from oomproof.formats import (
+    FIT,
+    FORMATS,
+    QUALITY_ORDER,
+    DType,
+    Format,
+    get_format,
+    held_format,
+    mixture,
+)
 from oomproof.hardware.spec import DeviceSpec, Hardware
 from oomproof.memory.kv_cache import KV_FORMATS, PAGE_TOKENS
 from oomproof.memory.model import Demand, MemoryModel, WeightCosts
@@ -25,7 +34,7 @@ from oomproof.planning.fitting import Fitter
 from oomproof.planning.notes import Notes, kind_of
 from oomproof.planning.placement import Slot
 from oomproof.planning.plan import Alternative, DevicePlan, HostPlan, Plan
-from oomproof.planning.refusals import refuse_impossible
+from oomproof.planning.refusals import another_format, refuse_impossible
 from oomproof.planning.request import DEFAULT_CONTEXT, MAX_CONCURRENCY, PlanRequest
 from oomproof.planning.speed import HOP_S, MIN_TOKENS_PER_SECOND, SpeedModel, load_seconds
 from oomproof.units import format_bytes
@@ -303,9 +312,14 @@ class Planner:
 
     def format_names(self) -> list[str]:
         """What to try, best quality first."""
-        own = self.spec.checkpoint_quantization
-        if own is not None and own.format is not None:
-            return [own.format.name]
+        own = self._own_format
+        if own is not None:
+            published = self.spec.checkpoint_quantization
+            assert published is not None
+            assert published.format is not None
+            if self.request.format not in ("auto", own.name, published.format.name):
+                raise another_format(self.spec, own.name, self.request.format)
+            return [own.name]
         if self.request.format != "auto":
             return [self.request.format]
         names = [
@@ -318,11 +332,24 @@ class Planner:
             names.remove("llm-int8")
         return names
 
+    @cached_property
+    def _own_format(self) -> Format | None:
+        """What is held of a checkpoint that is quantized already; None of any other."""
+        own = self.spec.checkpoint_quantization
+        if own is None or own.format is None:
+            return None
+        if own.held_as is None or self.engine(own.format) != "native":
+            return own.format
+        return held_format(own.held_as)
+
     def _format(self, name: str) -> Format:
         """The checkpoint's own format where it is quantized already, else ours of that name."""
-        own = self.spec.checkpoint_quantization
-        if own is not None and own.format is not None and own.format.name == name:
-            return own.format
+        published, own = self.spec.checkpoint_quantization, self._own_format
+        if own is not None and published is not None and published.format is not None:
+            names = (own.name, published.format.name, published.held_as)
+            own = own if name in names else None
+        if own is not None:
+            return own
         if name == FIT:
             groups = groups_of(self.spec, QUANTIZED_ROLES["native"])
             return mixture(
@@ -486,6 +513,9 @@ class Planner:
             )
         if chosen.streaming and chosen.fits:
             reasons.append(explain.price_of_streaming(chosen))
+        if self.engine(chosen.format) == "native":
+            held = explain.held_otherwise(self.spec, chosen.format)
+            reasons += [] if held is None else [held]
         if self._is_bitsandbytes_faster(chosen.format) and self.spec.forward is not None:
             reasons.append(explain.BITSANDBYTES_ON_A_PROCESSOR)
         reasons.append(explain.attention(self.spec, self.engine(chosen.format)))

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from oomproof.errors import InputError
-from oomproof.formats import BLOCK_SIZE, FINE_BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div, get_format
+from oomproof.formats import (
+    BLOCK_SIZE,
+    FINE_BLOCK_SIZE,
+    FP8_BLOCK,
+    NESTED_BLOCK_SIZE,
+    ceil_div,
+    get_format,
+)
 from oomproof.quantization import operators, reference
 from oomproof.quantization.tables import table_4bit, table_dynamic
 
@@ -175,6 +182,61 @@ class RowScaled(Handler):
         """See Handler."""
         linear = operators.linear_int8 if self.dtype == torch.int8 else operators.linear_fp8
         linear(x, parts["weight"].view(shape), parts["scale"], out, scratch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockScaled(Handler):
+    """e4m3 with a scale for each 128 × 128, as checkpoints come; inputs stay in 16 bits."""
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """See Handler.
+
+        Raises:
+            InputError: Always.
+        """
+        raise _only_read()
+
+    def encode_slice(
+        self,
+        source: torch.Tensor,  # noqa: ARG002
+        parts: Parts,  # noqa: ARG002
+        first_row: int,  # noqa: ARG002
+        shape: tuple[int, int],  # noqa: ARG002
+        workspace: torch.Tensor,  # noqa: ARG002
+    ) -> None:
+        """See Handler.
+
+        Raises:
+            InputError: Always.
+        """
+        raise _only_read()
+
+    def decode(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """See Handler."""
+        weight, scale = self._views(parts, shape)
+        return reference.dequantize_blocks(weight, scale, 0, shape[0], dtype)
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        parts: Parts,
+        shape: tuple[int, int],
+        out: torch.Tensor,
+        scratch: torch.Tensor,
+    ) -> None:
+        """See Handler."""
+        operators.linear_fp8_block(x, *self._views(parts, shape), out, scratch)
+
+    @staticmethod
+    def _views(parts: Parts, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = parts["block_scale"].view(ceil_div(shape[0], FP8_BLOCK), -1)
+        return parts["weight"].view(shape), scale
+
+
+def _only_read() -> InputError:
+    return InputError(
+        "nothing is quantized into fp8-block here: checkpoints come in it", remedy="use fp8 or int8"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -356,18 +418,21 @@ HANDLERS: dict[str, Handler] = {
 }
 """Format → what the native engine does with it."""
 
+_READ_HANDLERS: dict[str, Handler] = {"fp8-block": BlockScaled()}
+"""The same for what only checkpoints come in (formats.READ_FORMATS)."""
+
 
 def handler(format_name: str, *, search: bool = False) -> Handler:
     """What the native engine does with a format.
 
     Args:
-        format_name: A key of HANDLERS.
+        format_name: A key of HANDLERS, or of formats.READ_FORMATS.
         search: Whether it searches block scales when it quantizes, where the format has them.
 
     Raises:
         InputError: It does nothing with it, or there is no such format.
     """
-    found = HANDLERS.get(format_name)
+    found = HANDLERS.get(format_name) or _READ_HANDLERS.get(format_name)
     if found is None:
         get_format(format_name)
         raise InputError(

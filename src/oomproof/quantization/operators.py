@@ -350,6 +350,26 @@ def linear_fp8(
     reference.linear_fp8(x, weight, scale, out)
 
 
+@operator("oomproof::linear_fp8_block", mutates_args=("out", "scratch"))
+def linear_fp8_block(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    block_scale: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,  # noqa: ARG001
+) -> None:
+    """The product with e4m3 codes that have a scale for each square of 128 × 128.
+
+    Args:
+        x: [tokens, columns]; inputs stay as they are.
+        weight: float8_e4m3fn [rows, columns].
+        block_scale: float32 [ceil(rows / 128), ceil(columns / 128)].
+        out: [tokens, rows], in the type of x.
+        scratch: uint8.
+    """
+    reference.linear_fp8_block(x, weight, block_scale, out)
+
+
 for _operator, _module, _function in (
     (quantize_4bit_out, "quantize_triton", "quantize_4bit_out"),
     (quantize_absmax_out, "quantize_triton", "quantize_absmax_out"),
@@ -362,6 +382,7 @@ for _operator, _module, _function in (
     (gated_4bit_tiled, "products_cuda", "gated_4bit_tiled"),
     (linear_int8, "products_cuda", "linear_int8"),
     (linear_fp8, "products_cuda", "linear_fp8"),
+    (linear_fp8_block, "products_cuda", "linear_fp8_block"),
 ):
     _operator.register_fake(writes_where_told)
     _operator.register_kernel("cuda")(on_cuda(f"oomproof.quantization.{_module}", _function))

@@ -12,6 +12,7 @@ import torch
 
 from oomproof.formats import BLOCK_SIZE, ceil_div
 from oomproof.quantization import products_tiled
+from oomproof.quantization.blocks_triton import dequantize_blocks, product_blocks
 from oomproof.quantization.dequantize_cuda import dequantize_tiles, supports_rows
 from oomproof.quantization.dequantize_triton import (
     FP8_FACTOR,
@@ -211,6 +212,26 @@ def linear_fp8(
         else:
             for a, b in slice_after_slice(quantized, _eight_bits(weight), result, left):
                 scale_product(result[:, a:b], scale[a:b], token_scale, FP8_FACTOR**2)
+
+
+def linear_fp8_block(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    block_scale: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """See operators.linear_fp8_block."""
+    left = Scratch(scratch)
+    if len(x) <= FEW_TOKENS:
+        product_blocks(x, weight, block_scale, out, left.left)
+        return
+
+    def dequantize(first: int, _end: int, into: torch.Tensor) -> None:
+        dequantize_blocks(weight, block_scale, first, into)
+
+    for _ in slice_after_slice(x, dequantize, out, left):
+        pass
 
 
 def _four_bits(x: torch.Tensor, weight: FourBits, out: torch.Tensor, scratch: torch.Tensor) -> None:

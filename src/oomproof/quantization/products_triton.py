@@ -87,8 +87,8 @@ def product_4bit(
             **flags,
         )
         return
-    splits, step = _splits(tile, tokens, rows, columns, scratch)
-    target = out if splits == 1 else _partials(scratch, splits, tokens, rows)
+    splits, step = splits_of(tile, tokens, rows, columns, scratch)
+    target = out if splits == 1 else partials_of(scratch, splits, tokens, rows)
     dot_4bit[(ceil_div(rows, tile.rows), splits)](
         x,
         words,
@@ -103,14 +103,14 @@ def product_4bit(
         ROWS=tile.rows,
         SIZE=size,
         GROUPS=tile.columns // size,
-        TOKENS=_padded(tokens),
+        TOKENS=padded(tokens),
         num_warps=tile.num_warps,
         # The kernel loads ahead itself: pipelining would copy the looked-up table to shared memory.
         num_stages=1,
         **flags,
     )
     if splits > 1:
-        _add_up(target, out)
+        add_up(target, out)
 
 
 def product_8bit(
@@ -137,8 +137,8 @@ def product_8bit(
             tiles(max(2, tokens), rows, columns, bits=8, itemsize=x.itemsize),
         )
         codes = codes.view(torch.uint8) if is_fp8 else codes
-    splits, step = _splits(tile, tokens, rows, columns, scratch)
-    target = out if splits == 1 else _partials(scratch, splits, tokens, rows)
+    splits, step = splits_of(tile, tokens, rows, columns, scratch)
+    target = out if splits == 1 else partials_of(scratch, splits, tokens, rows)
     kernel[(ceil_div(rows, tile.rows), splits)](
         x,
         codes,
@@ -156,20 +156,20 @@ def product_8bit(
         BY_TOKEN=token_scale is not None,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
-        TOKENS=_padded(tokens),
+        TOKENS=padded(tokens),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     if splits > 1:
-        _add_up(target, out)
+        add_up(target, out)
 
 
-def _padded(tokens: int) -> int:
+def padded(tokens: int) -> int:
     """Tokens of a tile: a matrix product has 16 at least."""
     return max(16, 1 << (tokens - 1).bit_length())
 
 
-def _splits(
+def splits_of(
     tile: Tile, tokens: int, rows: int, columns: int, scratch: torch.Tensor
 ) -> tuple[int, int]:
     """(splits, columns of each): as many as the tile wants and scratch has room for."""
@@ -179,12 +179,14 @@ def _splits(
     return ceil_div(columns, step), step
 
 
-def _partials(scratch: torch.Tensor, splits: int, tokens: int, rows: int) -> torch.Tensor:
+def partials_of(scratch: torch.Tensor, splits: int, tokens: int, rows: int) -> torch.Tensor:
+    """Where splits leave their sums: float32 [splits, tokens, rows]."""
     size = splits * tokens * rows * 4
     return scratch[:size].view(torch.float32).view(splits, tokens, rows)
 
 
-def _add_up(partials: torch.Tensor, out: torch.Tensor) -> None:
+def add_up(partials: torch.Tensor, out: torch.Tensor) -> None:
+    """The sums of all splits, in order."""
     splits, tokens, rows = partials.shape
     add_splits[(tokens, ceil_div(rows, _REDUCED))](
         partials, out, out.stride(0), tokens, rows, splits, ROWS=_REDUCED

@@ -10,7 +10,7 @@ from math import gcd
 
 import torch
 
-from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
+from oomproof.formats import BLOCK_SIZE, FP8_BLOCK, NESTED_BLOCK_SIZE, ceil_div
 from oomproof.quantization.search import search_4bit, search_int4
 from oomproof.quantization.tables import table_dynamic, thresholds_4bit
 from oomproof.quantization.tiled import Segment, TiledSet, tiles_of_rows
@@ -223,6 +223,24 @@ def linear_fp8(
     for first, end in slices_of(weight.shape[0], weight.shape[1]):
         product = torch.mm(wide, weight[first:end].float().t())
         out[:, first:end] = product * token_scale.unsqueeze(1) * scale[first:end]
+
+
+def dequantize_blocks(
+    weight: torch.Tensor, block_scale: torch.Tensor, first: int, end: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows first … end - 1 of a weight with a scale for each square of 128 × 128."""
+    rows = torch.arange(first, end, device=weight.device) // FP8_BLOCK
+    scales = block_scale[rows].repeat_interleave(FP8_BLOCK, dim=1)[:, : weight.shape[1]]
+    return (weight[first:end].float() * scales).to(dtype)
+
+
+def linear_fp8_block(
+    x: torch.Tensor, weight: torch.Tensor, block_scale: torch.Tensor, out: torch.Tensor
+) -> None:
+    """See operators.linear_fp8_block."""
+    _slice_after_slice(
+        x, lambda first, end: dequantize_blocks(weight, block_scale, first, end, x.dtype), out
+    )
 
 
 def slices_of(rows: int, columns: int, elements: int = _STEP_ELEMENTS) -> Iterator[tuple[int, int]]:

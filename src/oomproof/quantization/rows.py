@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from oomproof.formats import BLOCK_SIZE, FINE_BLOCK_SIZE, NESTED_BLOCK_SIZE, ceil_div
+from oomproof.formats import BLOCK_SIZE, FINE_BLOCK_SIZE, FP8_BLOCK, NESTED_BLOCK_SIZE, ceil_div
 
 _SHARED = {"quant_map", "nested_quant_map", "nested_offset"}
 
@@ -37,6 +37,11 @@ def parts_of_rows(
     for name, part in parts.items():
         if name in _SHARED or (name == "nested_absmax" and part.numel() == 1):
             found[name] = part
+        elif name == "block_scale":
+            if first % FP8_BLOCK:
+                raise ValueError(f"row {first} begins within its {name}")
+            squares = part.view(ceil_div(rows, FP8_BLOCK), -1)
+            found[name] = squares[first // FP8_BLOCK : ceil_div(end, FP8_BLOCK)].reshape(-1)
         elif name == "scale" or (name == "weight" and part.numel() == numel):
             found[name] = part.view(rows, -1)[first:end].view(-1)
         else:

@@ -275,9 +275,11 @@ def test_a_layer_that_is_streamed_comes_home_through_a_buffer(
     out = quantized(tmp_path / "out", format=format_name)
     _, engine = engine_of(out)
     (device,) = engine._running.devices
-    checkpoint = resolve(str(out)).checkpoint
+    spec = resolve(str(out))
+    checkpoint, quantization = spec.checkpoint, spec.checkpoint_quantization
     assert checkpoint is not None
-    held = StoredWeights(out, checkpoint)
+    assert quantization is not None
+    held = StoredWeights(out, checkpoint, quantization)
     buffer = torch.empty(max(b.size_bytes for b in device._blocks), dtype=torch.uint8)
     targets, homes = [], []
     for layer in (0, 1):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from oomproof.formats import DType, get_format
+from oomproof.formats import DType, held_format
 from oomproof.memory.arena import ALIGNMENT_BYTES
 from oomproof.memory.weights import StoredTensor
 from oomproof.models.spec import Role, TensorSpec
@@ -67,7 +67,7 @@ class Placed:
         own = handler(self.format).workspace_numel(self.matrix_shape)
         if self.tiling is None:
             return own
-        return own + tiling_bytes(get_format(self.format), self.matrix_shape) // 4
+        return own + tiling_bytes(held_format(self.format), self.matrix_shape) // 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +150,7 @@ def _is_tiled(held: Held, format_name: str) -> bool:
         stored.quantized
         and len(spec.shape) == 2
         and tiles_weight(
-            get_format(_format_of(held, format_name)),
+            held_format(_format_of(held, format_name)),
             (spec.shape[0], spec.shape[1]),
             stored.components,
         )

@@ -81,8 +81,8 @@ def load_engine(
             ignored=lambda name: is_computed_buffer(name) or name in tied_head,
         )
 
-    quantized = spec.checkpoint_quantization is not None
-    held = StoredWeights(folder, checkpoint) if quantized else None
+    quantization = spec.checkpoint_quantization
+    held = None if quantization is None else StoredWeights(folder, checkpoint, quantization)
     return _start(plan, spec, NativeMeter(hardware), fill, made_up=False, held=held)
 
 
@@ -184,6 +184,8 @@ def _start(
         for device in devices:
             if device.device.type == "cuda":
                 torch.cuda.synchronize(device.device)
+        if held is not None:
+            held.check_zeros()
         # The one that cuBLAS was given while warming up: steps run on another stream.
         clear_workspaces()
         meter.weights_loaded()

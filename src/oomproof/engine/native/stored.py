@@ -1,12 +1,15 @@
-"""Weights that a checkpoint holds in 4 bits already: read to their places, never quantized again.
+"""Weights that a checkpoint holds quantized already: read to their places, never quantized again.
 
-bitsandbytes' codes and scales are what the engine holds (formats.py); only the place differs. On a
-GPU they go into tiles slice by slice; the offset of double quantization is a number in JSON.
+Codes are what the engine holds (formats.py); only the place differs. bitsandbytes' codes and scales
+of 4 bits go into tiles on a GPU, slice by slice; the offset of double quantization is a number in
+JSON. Scales of 8 bits are float32 numbers here, one a row or a square: what a checkpoint has in 16
+bits, or once for all rows, is the same number; bitsandbytes' SCB / 127 is rounded once, to float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -16,32 +19,42 @@ import torch
 
 from oomproof.engine.native.weights import Parameter, copy_part
 from oomproof.errors import CheckpointError
-from oomproof.formats import BLOCK_SIZE, FORMATS, NESTED_BLOCK_SIZE
+from oomproof.formats import BLOCK_SIZE, FORMATS, FP8_BLOCK, NESTED_BLOCK_SIZE, ceil_div
 from oomproof.loading.targets import Target
 from oomproof.models.headers import parse_json_object, shorten
-from oomproof.models.quantization import StoredPart, bitsandbytes_parts
+from oomproof.models.quantized import CheckpointQuantization
 from oomproof.models.spec import CheckpointSpec
+from oomproof.models.stored_parts import StoredPart
+from oomproof.quantization.reference import INT8_MAX
 from oomproof.quantization.tables import table_4bit, table_dynamic
 from oomproof.quantization.tiled_writer import CODES, TILED_COMPONENTS
 from oomproof.quantization.tiles import TILE_ROWS, tile_codes, tile_scale_rows
 
 _CPU = torch.device("cpu")
+_SCALES = ("SCB", "scale", "tensor_scale", "block_scale")
+"""Components of stored_parts.py that are scales of 8-bit weights."""
 
 Home = Mapping[str, torch.Tensor]
 """Host memory that a streamed layer's parts are copied to."""
 
 
 class StoredWeights:
-    """Makes the targets of weights in 4 bits.
+    """Makes the targets of weights that are quantized already.
 
     Args:
         folder: Where the checkpoint's files are.
         checkpoint: Their headers.
+        quantization: How it is quantized; the native engine reads it.
     """
 
-    def __init__(self, folder: Path, checkpoint: CheckpointSpec) -> None:
+    def __init__(
+        self, folder: Path, checkpoint: CheckpointSpec, quantization: CheckpointQuantization
+    ) -> None:
+        assert quantization.parts is not None
+        self._parts_of, self._method = quantization.parts, quantization.method
         self._files = {one.name: folder / one.file for one in checkpoint.tensors}
-        self._shapes = {one.name: one.shape for one in checkpoint.tensors}
+        self._held = {one.name: one for one in checkpoint.tensors}
+        self._zeros: list[_Zeros] = []
 
     def targets(self, parameter: Parameter, copy_to: Home | None = None) -> list[Target]:
         """Where the loader brings each of the tensors that a checkpoint has for a weight.
@@ -52,8 +65,17 @@ class StoredWeights:
         """
         placed = parameter.placed
         found = []
-        for part in bitsandbytes_parts(placed.spec.name, placed.spec.shape, FORMATS[placed.format]):
-            if part.component == "quant_state":
+        for listed in self._parts_of(placed.spec.name, placed.spec.shape):
+            part = self._as_held(listed)
+            if part is None:
+                continue
+            if part.component in _SCALES:
+                found.append(self._scale(parameter, part, copy_to))
+            elif part.component == "weight_format":
+                found.append(self._row_major(part))
+            elif part.component == "input_scale":
+                found.append(self._unused(part))
+            elif part.component == "quant_state":
                 found.append(self._state(parameter, part, copy_to))
             elif part.component in ("quant_map", "nested_quant_map"):
                 found.append(self._table(parameter, part, copy_to))
@@ -62,6 +84,61 @@ class StoredWeights:
             else:
                 found.append(_placed(parameter, part, copy_to))
         return found
+
+    def check_zeros(self) -> None:
+        """After loading: a scale of 0 belongs to codes that are all 0, else it is damage.
+
+        Raises:
+            CheckpointError: It is not so.
+        """
+        for zeros in self._zeros:
+            for rows, columns in zeros.squares:
+                if bool(zeros.codes[rows, columns].float().any()):
+                    self._refuse(zeros.name, "has a scale of 0 for codes that are not 0")
+
+    def _as_held(self, part: StoredPart) -> StoredPart | None:
+        """The part with the type and shape that the file has; None where it may be missing."""
+        held = self._held.get(part.name)
+        if held is None:
+            return part if part.required else None
+        shape = None if part.shape is None else held.shape
+        return replace(part, dtype=held.dtype, shape=shape)
+
+    def _scale(self, parameter: Parameter, part: StoredPart, copy_to: Home | None) -> Target:
+        home = copy_to or parameter.parts
+        in_blocks = part.component == "block_scale"
+        final = home["block_scale" if in_blocks else "scale"]
+        codes = home[CODES].view(parameter.shape)
+
+        def read(values: torch.Tensor) -> None:
+            scales = values.float()
+            if bool((scales < 0).any()):
+                self._refuse(part.name, "has a scale below 0")
+            if part.component == "SCB":
+                scales = scales / INT8_MAX
+            zeros = (scales == 0).nonzero().flatten().tolist()
+            if zeros:
+                squares = _squares(zeros, parameter.placed.matrix_shape, len(scales), in_blocks)
+                self._zeros.append(_Zeros(name=part.name, codes=codes, squares=squares))
+            final.copy_(scales.expand(final.shape) if part.component == "tensor_scale" else scales)
+
+        return _collected(part, part.shape or (), read)
+
+    def _row_major(self, part: StoredPart) -> Target:
+        def check(values: torch.Tensor) -> None:
+            if values.tolist() != [0]:
+                self._refuse(
+                    part.name, f"is {values.tolist()[0]}: rows are not one after the other"
+                )
+
+        return _collected(part, part.shape or (), check)
+
+    def _unused(self, part: StoredPart) -> Target:
+        def check(values: torch.Tensor) -> None:
+            if bool((values <= 0).any()):
+                self._refuse(part.name, "has a scale that is not above 0")
+
+        return _collected(part, part.shape or (), check)
 
     def _table(self, parameter: Parameter, part: StoredPart, copy_to: Home | None) -> Target:
         own = (
@@ -86,7 +163,8 @@ class StoredWeights:
             if offset is not None:
                 (copy_to or parameter.parts)["nested_offset"].fill_(offset)
 
-        return _collected(part, self._shapes.get(part.name, ()), read)
+        held = self._held.get(part.name)
+        return _collected(part, () if held is None else held.shape, read)
 
     def _read_state(self, raw: bytes, parameter: Parameter, part: StoredPart) -> float | None:
         """The offset of double quantization, after comparing the rest with what is read here."""
@@ -114,14 +192,47 @@ class StoredWeights:
         raise CheckpointError(
             str(self._files[name]),
             f"tensor {name!r} {problem}",
-            remedy="load it with --engine transformers, or quantize the 16-bit model again",
+            remedy=(
+                "load it with --engine transformers, or quantize the 16-bit model again"
+                if self._method == "bitsandbytes"
+                else "download it again, or quantize the 16-bit model"
+            ),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Zeros:
+    """Where a weight's scales are 0."""
+
+    name: str
+    """Of the scales, in the file."""
+    codes: torch.Tensor
+    """[rows, columns], where they stay."""
+    squares: tuple[tuple[slice, slice], ...]
+    """Rows and columns of each."""
+
+
+def _squares(
+    scales: Sequence[int], shape: tuple[int, int], count: int, in_blocks: bool
+) -> tuple[tuple[slice, slice], ...]:
+    """Rows and columns that some of a weight's `count` scales are for."""
+    whole = slice(0, shape[1])
+    if not in_blocks:
+        return tuple((slice(0, shape[0]) if count == 1 else slice(n, n + 1), whole) for n in scales)
+    blocks = ceil_div(shape[1], FP8_BLOCK)
+    return tuple(
+        (
+            slice(n // blocks * FP8_BLOCK, (n // blocks + 1) * FP8_BLOCK),
+            slice(n % blocks * FP8_BLOCK, (n % blocks + 1) * FP8_BLOCK),
+        )
+        for n in scales
+    )
 
 
 def _collected(
     part: StoredPart, shape: tuple[int, ...], read: Callable[[torch.Tensor], None]
 ) -> Target:
-    """A few bytes that are looked at on the processor."""
+    """A few bytes that are looked at on the processor, flat."""
     slices: list[torch.Tensor] = []
 
     def finish() -> None:
@@ -132,7 +243,7 @@ def _collected(
         name=part.name,
         shape=shape,
         device=_CPU,
-        store=lambda values, _row: slices.append(values.clone()),
+        store=lambda values, _row: slices.append(values.reshape(-1).clone()),
         finish=finish,
         dtype=getattr(torch, part.dtype.value),
     )
