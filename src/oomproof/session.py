@@ -156,6 +156,7 @@ def quantize(  # noqa: PLR0913 - one keyword an option of the command line
     format: str = "nf4-dq",  # noqa: A002 - the command line's word
     dtype: str = "auto",
     device: str = "auto",
+    search: bool | None = None,
     shard: str | int = "1GiB",
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -174,6 +175,8 @@ def quantize(  # noqa: PLR0913 - one keyword an option of the command line
         dtype: Of what is not quantized, and computed in: "bfloat16", "float16", "float32", or
             "auto": the checkpoint's own where it has 16 bits.
         device: What quantizes: "cpu", "cuda", "cuda:1", or "auto": a GPU where there is one.
+        search: Whether block scales are searched for the least error; None and True are one, but
+            that True is refused for a format without them. False: bitsandbytes' own, bit for bit.
         shard: The most that a file has.
         revision: Branch, tag or commit of a hub id.
         allow_pickle: Converts a folder whose weights are pickles first, in a process of its own.
@@ -201,6 +204,7 @@ def quantize(  # noqa: PLR0913 - one keyword an option of the command line
         format_name=format,
         dtype=dtype,
         device=device,
+        search=search,
         shard_bytes=shard_bytes,
         told=progress,
     )

@@ -15,12 +15,20 @@ from tests.cli.invoke import invoke
 def test_a_model_is_written_and_told_in_a_line(tmp_path: Path) -> None:
     done = invoke("quantize", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu")
     assert done.code == 0, done.err
-    assert "7.32 MiB of weights → 3.56 MiB in nf4-dq and bfloat16, 8 files" in done.out
+    sizes = "7.32 MiB of weights → 3.56 MiB in nf4-dq and bfloat16"
+    assert f"{sizes}, block scales searched, 8 files" in done.out
     assert done.out.count("\n") == 1
     again = invoke("quantize", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu", "--json")
     found = json.loads(again.out)
     assert (found["resumed_files"], found["files"], found["format"]) == (1, 8, "nf4-dq")
-    assert "[shards finished before: 1]" in again.err
+    assert "[it was there already, whole: nothing was written]" in again.err
+
+
+@pytest.mark.parametrize(("flag", "word"), [("--search", "searched"), ("--no-search", "absmax")])
+def test_block_scales_are_searched_or_not(flag: str, word: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert f"block scales {word}" in invoke("quantize", "tiny", "--out", out, flag).out
+    assert word in (tmp_path / "out" / "config.json").read_text()
 
 
 def test_a_folder_is_verified(tmp_path: Path) -> None:
@@ -45,7 +53,7 @@ def test_a_folder_is_verified(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["tiny"], "--out is missing: give the folder to make: --out DIR"),
-        (["tiny", "--out", "{out}", "--format", "int4"], "'int4' has no form on disk that transf"),
+        (["tiny", "--out", "{out}", "--format", "int4"], "int4 is not written to disk, only bits"),
         (
             ["tiny", "--out", "{out}", "--format", "q4_k"],
             "format 'q4_k' is unknown: use one of nf4",
@@ -80,5 +88,6 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
     with patch("oomproof.conversion.quantize.load_checkpoint", side_effect=KeyboardInterrupt):
         ended = invoke("quantize", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu")
     assert (ended.code, ended.out) == (130, "")
+    assert "are kept: the same command goes on" in ended.err
     assert not (tmp_path / "out").exists()
     assert invoke("quantize", "tiny", "--out", str(tmp_path / "out")).code == 0

@@ -16,6 +16,7 @@ from tests.compat.checkpoints import copy_of_tiny
 
 FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 SHARDS = 3
+BLOCK_SCALES = "oomproof_block_scales"
 TOKENS = torch.tensor([[1, 17, 400, 1999, 5, 5, 812, 33]])
 
 
@@ -23,6 +24,11 @@ def quantized(out: Path, model: str | Path = "tiny", **options: Any) -> Path:
     """The folder that `quantize` writes, on the CPU."""
     quantize(model, out, **{"device": "cpu", **options})
     return out
+
+
+def as_theirs(out: Path, model: str | Path = "tiny", **options: Any) -> Path:
+    """The same with bitsandbytes' own scales."""
+    return quantized(out, model, search=False, **options)
 
 
 def settings(format_name: str, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:

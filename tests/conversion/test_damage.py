@@ -11,13 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
-from oomproof.errors import CheckpointError, ConfigError, LoadError, OomproofError
-from oomproof.models.resolve import resolve
-from oomproof.models.spec import ModelSpec
+from oomproof.errors import CheckpointError, ConfigError, LoadError
 from oomproof.session import load, quantize
 from tests.compat.checkpoints import copy_of_tiny, edit_json
 from tests.conversion.jobs import SOURCE, files_of, in_shards, quantized
@@ -84,6 +79,17 @@ def _escape(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def _not_a_number(path: Path) -> None:
+    """In the last value of a tensor: a weight, or in 4 bits a scale."""
+    raw = bytearray(path.read_bytes())
+    length = 8 + int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:length])
+    name = next(one for one in entries if one.endswith(("nested_absmax", "_proj.weight")))
+    end = length + entries[name]["data_offsets"][1]
+    raw[end - 2 : end] = b"\xc0\x7f"  # the upper half of a float32, or all of a bfloat16
+    path.write_bytes(raw)
+
+
 def _link_to_nothing(path: Path) -> None:
     path.unlink()
     path.symlink_to("gone")
@@ -120,6 +126,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: shutil.copyfile(folder / SHARD, folder / SHARD.replace("2-of", "1-of")),
         "is in .* too|does not hold",
     ),
+    "NaN": (lambda folder: _not_a_number(folder / SHARD), "holds a value that is not finite"),
     "a link to nothing": (
         lambda folder: _link_to_nothing(folder / SHARD),
         f"{SHARD}: is a link to a file that is gone",
@@ -129,8 +136,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
 @pytest.mark.parametrize("stored", ["16 bits", "4 bits"])
+@pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_a_damaged_folder_is_refused_with_the_file_named(
-    stored: str, damage: str, whole: Path, tmp_path: Path
+    engine: str, stored: str, damage: str, whole: Path, tmp_path: Path
 ) -> None:
     apply, message = DAMAGES[damage]
     if stored == "4 bits":
@@ -142,7 +150,7 @@ def test_a_damaged_folder_is_refused_with_the_file_named(
     begin_s = time.process_time()
     with (
         pytest.raises((CheckpointError, ConfigError, LoadError), match=message),
-        load(folder, engine="native"),
+        load(folder, engine=engine, worker=False),
     ):
         pass
     if stored == "16 bits":
@@ -174,141 +182,6 @@ def test_a_damaged_manifest_is_refused(damage: str, whole: Path, tmp_path: Path)
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message), load(folder, engine="native"):
         pass
-
-
-_JUNK: st.SearchStrategy[Any] = st.sampled_from(
-    [
-        None,
-        True,
-        -1,
-        0,
-        1,
-        2**31,
-        2**53,
-        2**64,
-        1.5,
-        "",
-        "F32",
-        "U8",
-        "x" * 300,
-        [],
-        {},
-        [0],
-        [1, 2],
-    ]
-)
-
-
-def mutate(header: dict[str, Any], data: st.DataObject) -> None:
-    """One change to a header, mostly of a kind that a reader must find."""
-    names = [name for name, entry in header.items() if _is_whole(entry)]
-    if not names:
-        return
-    name = data.draw(st.sampled_from(names))
-    kind = data.draw(
-        st.sampled_from(["drop", "rename", "swap", "dtype", "shape", "offsets", "field", "entry"])
-    )
-    entry = header[name]
-    if kind == "drop":
-        header.pop(name)
-    elif kind == "rename":
-        header[data.draw(st.text(max_size=20))] = header.pop(name)
-    elif kind == "swap":
-        other = data.draw(st.sampled_from(names))
-        header[name], header[other] = header[other], header[name]
-    elif kind == "dtype":
-        entry["dtype"] = data.draw(st.sampled_from(["F32", "BF16", "F16", "U8", "I8", "F64", "Q4"]))
-    elif kind == "shape":
-        shape = entry["shape"]
-        shape = data.draw(
-            st.sampled_from([shape[::-1], [*shape, 1], [1, *shape], shape[:-1], [-1], [0]])
-        )
-        entry["shape"] = shape
-    elif kind == "offsets":
-        index = data.draw(st.integers(0, 1))
-        entry["data_offsets"][index] += data.draw(st.integers(-300, 300))
-    elif kind == "field":
-        entry[data.draw(st.sampled_from([*entry, "more"]))] = data.draw(_JUNK)
-    else:
-        header[name] = data.draw(_JUNK)
-
-
-def _is_whole(entry: object) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    return (
-        isinstance(shape, list)
-        and isinstance(offsets, list)
-        and len(offsets) == 2
-        and all(type(one) is int for one in offsets)
-    )
-
-
-class Bench:
-    """A folder whose one file is changed and put back."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / "model.safetensors"
-        self.raw = self.path.read_bytes()
-
-    def check(self, data: st.DataObject) -> None:
-        """Refused in one error of ours, or planned with exactly the headers that are there."""
-        self.path.write_bytes(self.raw)
-        changes = data.draw(st.integers(1, 3))
-
-        def edit(header: dict[str, Any]) -> None:
-            for _ in range(changes):
-                mutate(header, data)
-
-        rewritten(self.path, edit)
-        # Of this process: the machine may be busy with others.
-        begin_s = time.process_time()
-        spec, refusal = self._read()
-        assert time.process_time() - begin_s < LONGEST_S
-        if spec is None:
-            assert str(self.folder) in refusal or "model.safetensors" in refusal
-            assert "\n" not in refusal
-            return
-        assert spec.checkpoint is not None
-        for tensor in spec.checkpoint.tensors:
-            assert tensor.offset_bytes + tensor.size_bytes <= self.path.stat().st_size
-
-    def _read(self) -> tuple[ModelSpec | None, str]:
-        try:
-            return resolve(str(self.folder)), ""
-        except OomproofError as error:
-            return None, str(error)
-
-
-@pytest.fixture(scope="module", params=["16 bits", "4 bits"])
-def bench(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    folder = tmp_path_factory.mktemp("bench")
-    if request.param == "16 bits":
-        return Bench(copy_of_tiny(folder / "copy"))
-    out = quantized(folder / "out")
-    (out / "oomproof-manifest.json").unlink()
-    return Bench(out)
-
-
-_RELAXED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-
-
-@hypothesis_settings(max_examples=250, deadline=None, suppress_health_check=_RELAXED)
-@given(data=st.data())
-def test_mutated_headers_are_refused_or_read_right(bench: Bench, data: st.DataObject) -> None:
-    bench.check(data)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@hypothesis_settings(max_examples=5000, deadline=None, suppress_health_check=_RELAXED)
-@given(data=st.data())
-def test_10_000_mutated_headers_are_refused_or_read_right(
-    bench: Bench, data: st.DataObject
-) -> None:
-    bench.check(data)
 
 
 def test_what_is_read_after_a_harmless_change_is_the_same(tmp_path: Path) -> None:

@@ -248,6 +248,19 @@ def test_a_file_that_changed_since_its_header_was_read_is_refused(
     assert comparable(quantized(tmp_path / "out", REPO, shard=MIB))
 
 
+def test_a_download_with_a_flipped_bit_is_refused_and_comes_again(
+    hub: FakeHub, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repos[REPO].tells_digests = True
+    hub.repos[REPO].flips = 1
+    with pytest.raises(
+        CheckpointError, match=r"name/model-00001-of.*: came with sha256 .*…, the hub has .*: run"
+    ):
+        quantize(REPO, tmp_path / "out", device="cpu", shard=MIB)
+    assert not (tmp_path / "out").exists()
+    assert comparable(quantized(tmp_path / "out", REPO, shard=MIB)) == expected
+
+
 def test_the_manifest_names_the_commit(hub: FakeHub, tmp_path: Path) -> None:
     out = quantized(tmp_path / "out", REPO)
     assert COMMIT in (out / "oomproof-manifest.json").read_text()

@@ -12,22 +12,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from oomproof.conversion.layout import QUANTIZE_FORMATS, choose_dtype, lay_out
+from oomproof.conversion.layout import (
+    QUANTIZE_FORMATS,
+    choose_dtype,
+    lay_out,
+    refuse_unquantizable,
+)
 from oomproof.conversion.manifest import MANIFEST_FILE, read_manifest, verify
 from oomproof.conversion.quantize import prepare
 from oomproof.errors import CheckpointError, InputError
-from oomproof.formats import FORMATS, DType
+from oomproof.formats import FIT, FORMATS, DType
 from oomproof.models.resolve import resolve
 from oomproof.quantization.reference import unpack
 from oomproof.session import plan, quantize
 from oomproof.units import MIB
 from tests.compat.checkpoints import edit_json, random_checkpoint
 from tests.conversion.jobs import (
-    FORMATS as WRITTEN,
-)
-from tests.conversion.jobs import (
+    BLOCK_SCALES,
     SOURCE,
     TOKENS,
+    as_theirs,
     check_logits,
     files_of,
     in_shards,
@@ -37,20 +41,23 @@ from tests.conversion.jobs import (
     tensors_of,
     transformers_model,
 )
+from tests.conversion.jobs import (
+    FORMATS as WRITTEN,
+)
 
 
 @pytest.mark.parametrize("format_name", WRITTEN)
 def test_transformers_loads_the_folder_with_the_logits_of_its_own_quantization(
     format_name: str, tmp_path: Path
 ) -> None:
-    ours = transformers_model(quantized(tmp_path / "out", format=format_name))
+    ours = transformers_model(as_theirs(tmp_path / "out", format=format_name))
     assert ours.is_loaded_in_4bit
     check_logits(ours, transformers_model(SOURCE, format_name), format_name)
 
 
 @pytest.mark.parametrize("format_name", WRITTEN)
 def test_every_tensor_is_what_transformers_saves(format_name: str, tmp_path: Path) -> None:
-    ours = tensors_of(quantized(tmp_path / "out", format=format_name))
+    ours = tensors_of(as_theirs(tmp_path / "out", format=format_name))
     transformers_model(SOURCE, format_name).save_pretrained(tmp_path / "theirs")
     theirs = tensors_of(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
@@ -78,6 +85,7 @@ def test_every_tensor_is_what_transformers_saves(format_name: str, tmp_path: Pat
         edit_json(one / "config.json", transformers_version=None)
         assert config["quantization_config"]["quant_method"] == "bitsandbytes"
     read = [json.loads((tmp_path / one / "config.json").read_text()) for one in ("out", "theirs")]
+    assert read[0]["quantization_config"].pop(BLOCK_SCALES) == "absmax"
     assert read[0] == read[1]
 
 
@@ -88,7 +96,7 @@ def test_other_families_are_written_as_transformers_quantizes_them(
     family: str, tmp_path: Path
 ) -> None:
     source = random_checkpoint(tmp_path / "source", family)
-    ours = transformers_model(quantized(tmp_path / "out", source, format="nf4"))
+    ours = transformers_model(as_theirs(tmp_path / "out", source, format="nf4"))
     check_logits(ours, transformers_model(source, "nf4"), "nf4")
 
 
@@ -103,7 +111,7 @@ def test_weights_of_another_type_are_quantized_from_the_type_that_they_are_compu
 
     source = random_checkpoint(tmp_path / "source", edit=cast)
     edit_json(source / "config.json", dtype=str(stored).removeprefix("torch."))
-    out = quantized(tmp_path / "out", source, dtype=asked, format="nf4")
+    out = as_theirs(tmp_path / "out", source, dtype=asked, format="nf4")
     expected = {
         "auto": torch.float16 if stored is torch.float16 else torch.bfloat16,
         "bf16": torch.bfloat16,
@@ -127,7 +135,7 @@ def test_a_value_that_float16_cannot_hold_is_refused_by_name(tmp_path: Path) -> 
 
 def test_shards_are_bounded_indexed_and_each_from_one_of_the_source(tmp_path: Path) -> None:
     source = in_shards(tmp_path / "source")
-    out = quantized(tmp_path / "out", source, shard=MIB, format="nf4")
+    out = as_theirs(tmp_path / "out", source, shard=MIB, format="nf4")
     shards = sorted(out.glob("*.safetensors"))
     assert len(shards) > 3
     largest = 2048 * 256 * 2
@@ -178,10 +186,12 @@ def test_the_same_job_twice_finds_it_done_and_another_is_refused(tmp_path: Path)
     out = quantized(tmp_path / "out")
     before = files_of(out)
     again = quantize("tiny", out, device="cpu")
-    assert again.resumed_files == 1
+    assert (again.resumed_files, again.was_there) == (1, True)
     assert files_of(out) == before
-    with pytest.raises(InputError, match="exists and is not empty: give another name, or remove"):
-        quantize("tiny", out, format="nf4", device="cpu")
+    holds = "holds tiny in nf4-dq and bfloat16, block scales searched: give another name, or remove"
+    for options in ({"format": "nf4"}, {"search": False}):
+        with pytest.raises(InputError, match=holds):
+            quantize("tiny", out, device="cpu", **options)
     (tmp_path / "empty").mkdir()
     assert files_of(quantized(tmp_path / "empty")) == before
 
@@ -194,10 +204,24 @@ def test_a_dtype_is_the_checkpoints_own_unless_told() -> None:
         choose_dtype(spec, "int8")
 
 
-@pytest.mark.parametrize("format_name", sorted(set(FORMATS) - set(QUANTIZE_FORMATS)))
-def test_formats_without_a_form_on_disk_are_refused(format_name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no form on disk that transformers reads: use one of"):
+def test_only_formats_that_bitsandbytes_takes_are_written() -> None:
+    assert set(QUANTIZE_FORMATS) == set(WRITTEN)
+
+
+@pytest.mark.parametrize("format_name", sorted({*FORMATS, FIT} - set(QUANTIZE_FORMATS)))
+def test_formats_that_are_not_written_are_refused(format_name: str, tmp_path: Path) -> None:
+    message = f"^{format_name} is not written to disk, only bitsandbytes' 4-bit formats are: use "
+    with pytest.raises(InputError, match=message):
         quantize("tiny", tmp_path / "out", format=format_name)
+
+
+def test_nothing_is_written_into_the_source(tmp_path: Path) -> None:
+    source = random_checkpoint(tmp_path / "source")
+    (tmp_path / "link").symlink_to(source)
+    for place in ("source/out", "link/out", "source/deep/er"):
+        with pytest.raises(InputError, match="lies in the folder of the model itself: give anothe"):
+            quantize(source, tmp_path / place, device="cpu")
+    assert quantized(tmp_path / "source-nf4", source).is_dir()
 
 
 def test_what_is_quantized_already_is_refused(tmp_path: Path) -> None:
@@ -206,11 +230,26 @@ def test_what_is_quantized_already_is_refused(tmp_path: Path) -> None:
         quantize(out, tmp_path / "again")
 
 
-@pytest.mark.parametrize(("family", "what"), [("mixtral", "experts"), ("gpt-oss", "experts")])
-def test_mixtures_of_experts_are_refused(family: str, what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_mixtures_of_experts_are_refused_for_transformers_keeps_experts_in_16_bits(
+    family: str, tmp_path: Path
+) -> None:
     source = random_checkpoint(tmp_path / "source", family)
-    with pytest.raises(InputError, match=f"is a model with {what}, whose checkpoint is not"):
+    with pytest.raises(
+        InputError, match=r"is a mixture of experts, and .*: quantize a dense model"
+    ):
         quantize(source, tmp_path / "out")
+    theirs = transformers_model(source, "nf4")
+    kept = [name for name, one in theirs.named_parameters() if "experts" in name]
+    assert kept
+    assert all(theirs.get_parameter(name).dtype is torch.bfloat16 for name in kept)
+
+
+def test_a_model_with_a_vision_tower_is_refused() -> None:
+    spec = resolve("gemma-3-27b")
+    assert spec.extra_modules
+    with pytest.raises(InputError, match=r"a vision tower.*: let transformers quantize it while"):
+        refuse_unquantizable(spec, "nf4")
 
 
 def test_a_tensor_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
@@ -292,12 +331,21 @@ def test_memory_is_bounded_whatever_the_size(format_name: str, tmp_path: Path) -
     assert grown < bound < size
 
 
+def test_the_bound_of_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    bounds = set()
+    for layers in (1, 5):
+        source = random_checkpoint(tmp_path / f"{layers}", num_hidden_layers=layers)
+        job = prepare(resolve(str(source)), tmp_path / "out", format_name="nf4-dq", device="cpu")
+        bounds.add(job.host_bytes)
+    assert len(bounds) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("format_name", WRITTEN)
 def test_on_a_gpu_every_bit_and_logit_is_transformers_own(format_name: str, tmp_path: Path) -> None:
-    out = quantized(tmp_path / "out", format=format_name, device="cuda")
+    out = as_theirs(tmp_path / "out", format=format_name, device="cuda")
     if format_name == "nf4":  # others sum or divide on a GPU in another order
-        assert read_manifest(out) == read_manifest(quantized(tmp_path / "cpu", format=format_name))
+        assert read_manifest(out) == read_manifest(as_theirs(tmp_path / "cpu", format=format_name))
     ours = AutoModelForCausalLM.from_pretrained(out, dtype="auto", device_map={"": "cuda"})
     theirs = AutoModelForCausalLM.from_pretrained(
         SOURCE,

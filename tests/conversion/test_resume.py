@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -19,7 +17,7 @@ import pytest
 from oomproof.conversion.files import PartFile, write_whole
 from oomproof.conversion.manifest import verify
 from oomproof.conversion.work import JOURNAL_FILE, WorkFolder, work_folder_of
-from oomproof.errors import CheckpointError, InputError
+from oomproof.errors import InputError
 from oomproof.session import quantize
 from oomproof.units import MIB
 from tests.conversion.jobs import files_of, in_shards, quantized
@@ -60,12 +58,16 @@ from oomproof.conversion import files
 from oomproof.session import quantize
 own = files.PartFile.write
 def write(self, content, offset):
-    time.sleep(0.01)
+    print("write", flush=True)
+    time.sleep(0.005)
     own(self, content, offset)
 files.PartFile.write = write
-print("begin", flush=True)
 quantize(sys.argv[1], sys.argv[2], device="cpu", shard=1 << 20)
 """
+
+
+WRITES = 180
+"""Of the slow disk; a few less than there are."""
 
 
 class Made(NamedTuple):
@@ -135,8 +137,9 @@ def check_killed_while_writing(made: Made, folder: Path, times: int, seed: int) 
             stdout=subprocess.PIPE,
         ) as process:
             assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(chosen.uniform(0.3, 2.5))
+            for _ in range(chosen.randint(1, WRITES)):
+                process.stdout.readline()
+            time.sleep(chosen.uniform(0, 0.02))
             process.kill()
         check_state(out, made)
         resumed += check_resumed(out, made)
@@ -241,62 +244,6 @@ def test_a_second_run_at_once_is_refused(made: Made, tmp_path: Path) -> None:
     ):
         quantize(made.source, out, device="cpu", shard=MIB)
     check_resumed(out, made)
-
-
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
-    made: Made, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    total = sum(map(len, made.expected.values()))
-    with patch("oomproof.conversion.quantize.shutil.disk_usage") as usage:
-        usage.return_value.free = total - 1
-        with pytest.raises(CheckpointError, match=r"out: needs .* more, the disk has .* free: fre"):
-            quantize(made.source, out, device="cpu", shard=MIB)
-        assert not list(tmp_path.rglob("*.safetensors*"))
-        usage.return_value.free = total
-        check_resumed(out, made)
-
-
-def fails_at(name: str, moment: int, code: int) -> Callable[..., Any]:
-    """A call of the system that fails the n-th time."""
-    own = getattr(os, name)
-    left = moment
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise OSError(code, os.strerror(code))
-        return own(*arguments, **options)
-
-    return call
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-@pytest.mark.parametrize("moment", [1, 2, 7, 30])
-@pytest.mark.parametrize("name", ["write", "fsync", "posix_fallocate"])
-def test_a_disk_that_fails_is_one_error_and_the_work_is_resumed(
-    name: str, moment: int, code: int, made: Made, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    with patch.object(os, name, fails_at(name, moment, code)):
-        refusal = refused(made, out)
-    if refusal is not None:
-        assert f"cannot be written ({os.strerror(code)})" in str(refusal)
-        assert str(tmp_path) in refusal.file
-        full = code in {errno.ENOSPC, errno.EDQUOT}
-        assert ("run the same command again" in str(refusal)) == full
-        # The rename itself may be done when syncing its folder fails.
-        check_state(out, made)
-    check_resumed(out, made)
-
-
-def refused(made: Made, out: Path) -> CheckpointError | None:
-    try:
-        quantize(made.source, out, device="cpu", shard=MIB)
-    except CheckpointError as error:
-        return error
-    return None
 
 
 def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ class FakeRepo:
     ignores_range: bool = False
     weights_at: str | None = None
     """Another server, to which requests for safetensors files are redirected."""
+    tells_digests: bool = False
+    """Whether the listing has the sha256 of safetensors files, as it has of what lies in LFS."""
+    flips: int = 0
+    """Whole safetensors files that are sent with a bit flipped in their last byte."""
     breaks: int = 0
     """Answers to ranges that are cut off in their middle."""
 
@@ -122,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "oid": hashlib.sha1(content).hexdigest(),
             }
             | ({"size": repo.listed_sizes.get(name, len(content))} if repo.tells_sizes else {})
+            | ({"lfs": _lfs(content)} if repo.tells_digests and name.endswith("tensors") else {})
             for name, content in repo.files.items()
         ]
         listing: object = {"id": "org/name", "sha": repo.commit, "siblings": files}
@@ -142,6 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": repo.commit}
         asked = _RANGE.fullmatch(self.headers.get("Range", ""))
         if asked is None or repo.ignores_range:
+            if repo.flips and self.command == "GET" and file.endswith(".safetensors"):
+                repo.flips -= 1
+                content = content[:-1] + bytes([content[-1] ^ 1])
             self.answer(200, headers, content)
             return
         begin, end = int(asked[1]), min(int(asked[2]) + 1, len(content))
@@ -176,6 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
                     self.connection.sendall(chunk)
         finally:
             self.close_connection = cut or self.close_connection
+
+
+def _lfs(content: bytes) -> dict[str, object]:
+    digest = hashlib.sha256(content).hexdigest()
+    return {"sha256": digest, "size": len(content), "pointerSize": 130}
 
 
 @contextmanager

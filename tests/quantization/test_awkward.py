@@ -1,19 +1,32 @@
-"""1,000 weights that no model has, beside bitsandbytes: odd shapes, heavy tails, denormals."""
+"""1,000 weights that no model has, beside bitsandbytes: odd shapes, heavy tails, denormals.
+
+Each in each format. On a GPU every bit is compared. Elsewhere it is with what bitsandbytes makes in
+plain torch, to the bit but for fp4; its kernels for processors are not exact themselves.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import runpy
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest.mock import patch
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
+from bitsandbytes import _ops
 
 from oomproof.quantization.handlers import handler
 from oomproof.quantization.reference import unpack
 from tests.quantization.test_linear import theirs
 from tests.quantization.weights import encode_in_slices
 
-COUNT = 250
+Kernels = dict[str, Callable[..., Any]]
+NAMES = ("nf4", "nf4-dq", "fp4", "fp4-dq")
+COUNT = 1000
 """Of each format."""
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ZEROS = torch.tensor([*range(8), 0, *range(9, 16)], dtype=torch.uint8)
@@ -49,9 +62,10 @@ def awkward(seed: int) -> torch.Tensor:
 
 
 def pairs(
-    format_name: str, device: str
+    format_name: str, device: str, kernels: Kernels | None = None, count: int = COUNT
 ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    for seed in range(COUNT):
+    """(seed, ours, theirs) by bitsandbytes' kernels for the device, or by the given ones."""
+    for seed in range(count):
         weight = awkward(seed).to(device)
         # On a GPU as a checkpoint is loaded: by the kernels, into final places.
         ours = (
@@ -59,13 +73,44 @@ def pairs(
             if device == "cpu"
             else encode_in_slices(format_name, weight, len(weight))
         )
-        expected = theirs(weight, format_name)
+        expected = (
+            portable(weight, format_name, kernels) if kernels else theirs(weight, format_name)
+        )
         yield seed, ours, {name: expected[name].reshape(part.shape) for name, part in ours.items()}
 
 
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    """bitsandbytes' kernels in plain torch, by operator: for devices that have no others.
+
+    Its dispatcher gives them to no processor; run again, their module tells what it registers.
+    """
+    found: Kernels = {}
+    with (
+        patch.object(_ops, "register_kernel", lambda name, _: partial(found.setdefault, name)),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        runpy.run_module("bitsandbytes.backends.default.ops")
+    return found
+
+
+def portable(weight: torch.Tensor, format_name: str, kernels: Kernels) -> dict[str, torch.Tensor]:
+    """What bitsandbytes.functional.quantize_4bit makes with them."""
+    quant_type = format_name[:3]
+    quantize = kernels["bitsandbytes::quantize_4bit"]
+    codes, absmax = quantize(weight, 64, quant_type, torch.uint8)
+    parts = {"weight": codes, "quant_map": bnb.get_4bit_type(quant_type, device="cpu")}
+    if not format_name.endswith("-dq"):
+        return parts | {"absmax": absmax}
+    table, offset = bnb.create_dynamic_map(), absmax.mean()
+    codes, nested = kernels["bitsandbytes::quantize_blockwise"](absmax - offset, table, 256)
+    nesting = {"nested_absmax": nested, "nested_quant_map": table, "nested_offset": offset}
+    return parts | {"absmax": codes} | nesting
+
+
 def same_scales(part: torch.Tensor, other: torch.Tensor) -> bool:
-    """A block of zeros has the scale 0, and on some of their ways 1e-38."""
-    return bool(((part == other) | ((part == 0) & (other <= 1e-38))).all())
+    """Equal, but that a short last block has a scale of 1e-38 at least where they have no GPU."""
+    return bool(((part == other) | ((part - other).abs() <= 1e-38)).all())
 
 
 def meaning(parts: dict[str, torch.Tensor], codes: torch.Tensor) -> torch.Tensor:
@@ -74,28 +119,56 @@ def meaning(parts: dict[str, torch.Tensor], codes: torch.Tensor) -> torch.Tensor
     return parts["nested_quant_map"][codes.long()] * (nested != 0)
 
 
-@pytest.mark.parametrize("format_name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
-def test_awkward_weights_have_bitsandbytes_codes_and_scales(format_name: str) -> None:
+@pytest.mark.parametrize("format_name", NAMES)
+def test_awkward_weights_have_bitsandbytes_codes_and_scales(
+    format_name: str, kernels: Kernels
+) -> None:
     apart = total = 0
-    for seed, ours, expected in pairs(format_name, "cpu"):
+    for seed, ours, expected in pairs(format_name, "cpu", kernels):
+        for name, part in ours.items():
+            if name == "weight" and format_name.startswith("fp4"):
+                # Thresholds of its kernel for GPUs, which are ours, are no midpoints.
+                codes, others = (_ZEROS[unpack(one).long()] for one in (part, expected[name]))
+                apart, total = apart + int((codes != others).sum()), total + codes.numel()
+            elif part.dtype is torch.float32:
+                assert same_scales(part, expected[name]), (seed, name)
+            else:
+                assert torch.equal(part, expected[name]), (seed, name)
+    assert apart <= 1e-3 * total
+
+
+@pytest.mark.parametrize("format_name", NAMES)
+def test_its_kernels_for_processors_are_seldom_apart(format_name: str) -> None:
+    apart = total = 0
+    for seed, ours, expected in pairs(format_name, "cpu", count=COUNT // 4):
         for name, part in ours.items():
             if name == "absmax" and format_name.endswith("-dq"):
-                # Its kernel for processors misses the nearest code now and then.
+                # They miss the nearest code now and then.
                 away = (meaning(ours, part) - meaning(ours, expected[name])).abs()
                 assert float(away.max()) < 0.02, seed
                 apart, total = apart + int((away > 0).sum()), total + away.numel()
             elif name == "weight" and format_name.startswith("fp4"):
                 codes, others = (_ZEROS[unpack(one).long()] for one in (part, expected[name]))
                 apart, total = apart + int((codes != others).sum()), total + codes.numel()
-            elif "absmax" in name or "offset" in name:
+            elif part.dtype is torch.float32:
                 assert same_scales(part, expected[name]), (seed, name)
             else:
                 assert torch.equal(part, expected[name]), (seed, name)
-    assert apart <= 0.005 * total
+    assert apart <= 0.01 * total
+
+
+def test_all_kinds_of_awkward_weights_occur() -> None:
+    weights = [awkward(seed) for seed in range(COUNT)]
+    assert len({tuple(weight.shape) for weight in weights}) > 300
+    assert {weight.dtype for weight in weights} == set(_TYPES)
+    tiny = torch.finfo(torch.float32).tiny
+    assert sum(bool(((w != 0) & (w.abs().float() < tiny)).any()) for w in weights) > 30
+    assert sum(bool((w == 0).float().mean() > 0.9) for w in weights) > 60
+    assert sum(float(w.abs().max() / w.float().std()) > 30 for w in weights if w.numel() > 1) > 30
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format_name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
+@pytest.mark.parametrize("format_name", NAMES)
 def test_on_a_gpu_awkward_weights_have_every_bit_of_bitsandbytes(format_name: str) -> None:
     """But in blocks of zeros, where its kernels for GPUs and for processors give other codes."""
     for seed, ours, expected in pairs(format_name, "cuda"):

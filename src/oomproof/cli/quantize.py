@@ -26,6 +26,14 @@ DType = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="What quantizes: auto (a GPU, if any), cpu, cuda, cuda:1.")
 ]
+Search = Annotated[
+    bool | None,
+    typer.Option(
+        "--search/--no-search",
+        help="Search block scales for the least error (the default), or take bitsandbytes' own.",
+        show_default=False,
+    ),
+]
 Shard = Annotated[str, typer.Option("--shard", help="The most that a file of weights has.")]
 Verify = Annotated[
     bool,
@@ -41,6 +49,7 @@ def quantize(
     format: QuantizeFormat = "nf4-dq",
     dtype: DType = "auto",
     device: Device = "auto",
+    search: Search = None,
     shard: Shard = "1GiB",
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
@@ -61,19 +70,26 @@ def quantize(
     if out is None:
         raise InputError("--out is missing", remedy="give the folder to make: --out DIR")
     options.convert_pickle(model, allowed=allow_pickle)
-    with loading_progress() as progress:
-        report = session.quantize(
-            model,
-            out,
-            format=format,
-            dtype=dtype,
-            device=device,
-            shard=shard,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            progress=progress,
-        )
-    if report.resumed_files:
+    try:
+        with loading_progress() as progress:
+            report = session.quantize(
+                model,
+                out,
+                format=format,
+                dtype=dtype,
+                device=device,
+                search=search,
+                shard=shard,
+                revision=revision,
+                allow_pickle=allow_pickle,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        say("[files that are finished are kept: the same command goes on behind them]")
+        raise
+    if report.was_there:
+        say("[it was there already, whole: nothing was written]")
+    elif report.resumed_files:
         say(f"[shards finished before: {report.resumed_files}]")
     if json:
         typer.echo(json_module.dumps(report.as_dict(), indent=2))
@@ -81,5 +97,6 @@ def quantize(
     typer.echo(
         f"{report.folder}: {format_bytes(report.source_bytes)} of weights → "
         f"{format_bytes(report.output_bytes)} in {report.format} and {report.dtype}, "
-        f"{report.files} files, {report.seconds:.1f} s on {report.device}"
+        f"block scales {report.block_scales}, {report.files} files, "
+        f"{report.seconds:.1f} s on {report.device}"
     )

@@ -91,7 +91,8 @@ class ShardEncoder:
 
     def _quantized(self, one: Conversion) -> Target:
         rows, columns = one.source.shape
-        weight = _Weight(handler(self._output.format.name), self._output, one, self._device)
+        held = handler(self._output.format.name, search=self._output.search)
+        weight = _Weight(held, self._output, one, self._device)
 
         def store(values: torch.Tensor, first_row: int) -> None:
             weight.encode(self._within_range(values, one), first_row)

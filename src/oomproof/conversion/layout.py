@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from math import prod
 
 from oomproof.errors import CheckpointError, InputError
-from oomproof.formats import BLOCK_SIZE, FORMATS, NESTED_BLOCK_SIZE, DType, Format
+from oomproof.formats import (
+    BLOCK_SIZE,
+    FIT,
+    FORMATS,
+    NESTED_BLOCK_SIZE,
+    SEARCHED_FORMATS,
+    DType,
+    Format,
+)
 from oomproof.models.checkpoint import SINGLE_FILE
 from oomproof.models.headers import LENGTH_BYTES, SAFETENSORS_NAMES
 from oomproof.models.quantization import PLAIN_DTYPES
@@ -21,8 +29,13 @@ from oomproof.models.spec import CheckpointSpec, CheckpointTensor, ModelSpec, Ro
 from oomproof.models.stored_parts import bitsandbytes_parts
 from oomproof.units import GIB, MIB, round_up
 
-QUANTIZE_FORMATS = tuple(name for name, one in FORMATS.items() if one.quant_type is not None)
-"""What a checkpoint can be written in: formats that transformers reads too."""
+QUANTIZE_FORMATS = tuple(
+    name
+    for name, one in FORMATS.items()
+    if one.quant_type is not None and one.block_size == BLOCK_SIZE
+)
+"""What a checkpoint can be written in: formats that transformers reads too. bitsandbytes takes no
+blocks of 16."""
 QUANTIZE_DTYPES = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 DEFAULT_SHARD_BYTES = GIB
 MIN_SHARD_BYTES = MIB
@@ -86,7 +99,14 @@ class Output:
     format: Format
     dtype: DType
     """Of what is not quantized, and what weights are computed in."""
+    search: bool
+    """Whether block scales are searched; else they are bitsandbytes' own."""
     shards: tuple[OutputShard, ...]
+
+    @property
+    def block_scales(self) -> str:
+        """How they were chosen, in a word for the files that say what is in a folder."""
+        return "searched" if self.search else "absmax"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +117,12 @@ class _Entry:
 
 
 def lay_out(
-    spec: ModelSpec, format_name: str, dtype: DType, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+    spec: ModelSpec,
+    format_name: str,
+    dtype: DType,
+    *,
+    search: bool | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Output:
     """The output's files.
 
@@ -105,6 +130,7 @@ def lay_out(
         spec: The model, with the headers of its checkpoint.
         format_name: One of QUANTIZE_FORMATS.
         dtype: One of QUANTIZE_DTYPES.
+        search: Whether block scales are searched; None where the format has some.
         shard_bytes: The most that a shard has, unless one tensor alone has more.
 
     Raises:
@@ -113,6 +139,7 @@ def lay_out(
     """
     refuse_unquantizable(spec, format_name)
     weight_format = FORMATS[format_name]
+    searched = searches(format_name, search)
     assert spec.checkpoint is not None
     conversions = _conversions(spec, spec.checkpoint)
     groups = list(_groups(conversions, weight_format, dtype, shard_bytes))
@@ -120,7 +147,23 @@ def lay_out(
         _shard(_file_name(number, len(groups)), group, weight_format, dtype)
         for number, group in enumerate(groups, 1)
     )
-    return Output(format=weight_format, dtype=dtype, shards=shards)
+    return Output(format=weight_format, dtype=dtype, search=searched, shards=shards)
+
+
+def searches(format_name: str, asked: bool | None) -> bool:
+    """Whether block scales are searched; None asks for it where there are some.
+
+    Raises:
+        InputError: It was asked for, and the format has none.
+    """
+    has_some = format_name in SEARCHED_FORMATS
+    if asked and not has_some:
+        raise InputError(
+            f"{format_name} has no block scales to search",
+            remedy="leave --search out, or use one of "
+            + ", ".join(name for name in QUANTIZE_FORMATS if name in SEARCHED_FORMATS),
+        )
+    return has_some and asked is not False
 
 
 def refuse_unquantizable(spec: ModelSpec, format_name: str) -> None:
@@ -131,22 +174,31 @@ def refuse_unquantizable(spec: ModelSpec, format_name: str) -> None:
             already; a model whose checkpoint has other names than its modules.
     """
     if format_name not in QUANTIZE_FORMATS:
-        known = format_name in FORMATS
+        shown, ours = format_name[:40], f"use one of {', '.join(QUANTIZE_FORMATS)}"
+        if format_name not in (*FORMATS, FIT):
+            raise InputError(f"format {shown!r} is unknown", remedy=ours)
         raise InputError(
-            f"format {format_name[:40]!r} "
-            + ("has no form on disk that transformers reads" if known else "is unknown"),
-            remedy=f"use one of {', '.join(QUANTIZE_FORMATS)}",
+            f"{shown} is not written to disk, only bitsandbytes' 4-bit formats are",
+            remedy=f"{ours}; `oomproof run` makes {shown} while it loads",
         )
     if spec.checkpoint_quantization is not None:
         raise InputError(
             f"{spec.id} is already quantized ({spec.checkpoint_quantization.method})",
             remedy="quantize the 16-bit checkpoint it was made from",
         )
-    if spec.num_experts or spec.decoder_prefix != "model" or spec.extra_modules:
-        what = "experts" if spec.num_experts else "a vision tower"
+    if spec.num_experts:
         raise InputError(
-            f"{spec.id} is a model with {what}, whose checkpoint is not quantized by this version",
-            remedy="let transformers quantize it while loading: --engine transformers",
+            f"{spec.id} is a mixture of experts, and transformers keeps experts in 16 bits, as "
+            "parameters that bitsandbytes does not quantize",
+            remedy="quantize a dense model, or plan it for an engine with formats for experts: "
+            "oomproof plan MODEL --for llama.cpp",
+        )
+    if spec.decoder_prefix != "model" or spec.extra_modules:
+        raise InputError(
+            f"{spec.id} has modules beside its language model (a vision tower), and only plain "
+            "decoders are written",
+            remedy="let transformers quantize it while it loads: oomproof run MODEL "
+            "--engine transformers",
         )
 
 

@@ -39,11 +39,13 @@ from oomproof.conversion.work import (
     WorkFolder,
     locked,
     place_of_output,
+    refuse_inside,
     refuse_used,
     work_folder_of,
 )
 from oomproof.errors import CheckpointError, InputError
 from oomproof.loading.pipeline import load_checkpoint
+from oomproof.models.headers import shorten
 from oomproof.models.resolve import resolve
 from oomproof.models.spec import CheckpointSpec, ModelSpec
 from oomproof.units import format_bytes
@@ -52,7 +54,7 @@ Told = Callable[[str, int, int], None]
 """Called with ("download" or "quantize", bytes done, bytes in all)."""
 
 _NO_DIGEST = "0" * 64
-_LAYOUT_VERSION = 1
+_LAYOUT_VERSION = 2
 """Of what decides bytes and is in no option: finished work of another is not taken up."""
 
 
@@ -63,6 +65,8 @@ class QuantizeReport:
     folder: str
     format: str
     dtype: str
+    block_scales: str
+    """How they were chosen: "searched" or "absmax"."""
     source_bytes: int
     """Of the tensors that were read, in this run and in those before it."""
     output_bytes: int
@@ -71,6 +75,8 @@ class QuantizeReport:
     resumed_files: int
     """Shards that an earlier run had finished."""
     device: str
+    was_there: bool
+    """Whether all was written before, and nothing now."""
     seconds: float
 
     def as_dict(self) -> dict[str, object]:
@@ -116,6 +122,7 @@ class QuantizeJob:
                 "revision": self.spec.source.revision,
                 "format": self.output.format.name,
                 "dtype": self.output.dtype.value,
+                "block_scales": self.output.block_scales,
             },
             files=tuple(
                 digests.get(name) or FileDigest(file=name, size_bytes=size, sha256=_NO_DIGEST)
@@ -131,6 +138,7 @@ def prepare(
     format_name: str,
     dtype: str = "auto",
     device: str = "auto",
+    search: bool | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     told: Told | None = None,
 ) -> QuantizeJob:
@@ -142,6 +150,7 @@ def prepare(
         format_name: One of layout.QUANTIZE_FORMATS.
         dtype: Of what is not quantized: "auto" for the checkpoint's own.
         device: "auto", "cpu", "cuda" or "cuda:1".
+        search: Whether block scales are searched; None where the format has some.
         shard_bytes: The most that a shard has.
         told: Told of progress.
 
@@ -150,7 +159,11 @@ def prepare(
         CheckpointError: The source is damaged.
     """
     out = place_of_output(out)
-    output = lay_out(spec, format_name, choose_dtype(spec, dtype), shard_bytes=shard_bytes)
+    if spec.source.kind == "folder":
+        refuse_inside(out, Path(spec.source.path))
+    output = lay_out(
+        spec, format_name, choose_dtype(spec, dtype), search=search, shard_bytes=shard_bytes
+    )
     total = 0 if spec.download_bytes is None else spec.download_bytes - spec.cached_bytes
 
     def fetched(done_bytes: int) -> None:
@@ -182,9 +195,10 @@ def run(job: QuantizeJob, told: Told | None = None) -> QuantizeReport:
         CheckpointError: The source is damaged, or the disk is full: what is finished is kept.
     """
     begin_s = time.perf_counter()
-    if _is_there(job):
-        return _report(job, len(job.output.shards), begin_s)
-    refuse_used(job.out)
+    found = read_manifest(job.out)
+    if found is not None and _is_there(job, found):
+        return _report(job, len(job.output.shards), begin_s, was_there=True)
+    refuse_used(job.out, None if found is None else _what(found))
     work = WorkFolder(job.out, job.job)
     with explained(job.out.parent):
         job.out.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +283,7 @@ def _fingerprint(spec: ModelSpec, output: Output, small_files: Mapping[str, byte
     """Digest of what decides the output's bytes, and of what tells that the source changed."""
     assert spec.checkpoint is not None
     digest = hashlib.sha256(f"{_LAYOUT_VERSION} {spec.source.kind} {spec.source.revision}".encode())
-    digest.update(f"{output.format.name} {output.dtype}".encode())
+    digest.update(f"{output.format.name} {output.dtype} {output.block_scales}".encode())
     for shard in output.shards:
         digest.update(f"{shard.file} {shard.source_file}".encode())
         digest.update(shard.header)
@@ -284,19 +298,20 @@ def _fingerprint(spec: ModelSpec, output: Output, small_files: Mapping[str, byte
     return digest.hexdigest()
 
 
-def _is_there(job: QuantizeJob) -> bool:
+def _is_there(job: QuantizeJob, manifest: Manifest) -> bool:
     """Whether this very output is there already, whole by its manifest."""
-    if not (job.out / MANIFEST_FILE).is_file():
-        return False
-    manifest = read_manifest(job.out)
-    return (
-        manifest is not None
-        and manifest.job == job.job
-        and all(
-            (job.out / one.file).is_file() and (job.out / one.file).stat().st_size == one.size_bytes
-            for one in manifest.files
-        )
+    return manifest.job == job.job and all(
+        (job.out / one.file).is_file() and (job.out / one.file).stat().st_size == one.size_bytes
+        for one in manifest.files
     )
+
+
+def _what(manifest: Manifest) -> str:
+    model, weight_format, dtype, scales = (
+        shorten(manifest.made_from.get(name, "unknown")).strip("'")
+        for name in ("model", "format", "dtype", "block_scales")
+    )
+    return f"{model} in {weight_format} and {dtype}, block scales {scales}"
 
 
 def _refuse_small_disk(job: QuantizeJob, work: WorkFolder) -> None:
@@ -331,15 +346,19 @@ def _made_by() -> str:
         return "oomproof"
 
 
-def _report(job: QuantizeJob, resumed: int, begin_s: float) -> QuantizeReport:
+def _report(
+    job: QuantizeJob, resumed: int, begin_s: float, *, was_there: bool = False
+) -> QuantizeReport:
     return QuantizeReport(
         folder=str(job.out),
         format=job.output.format.name,
         dtype=job.output.dtype.value,
+        block_scales=job.output.block_scales,
         source_bytes=sum(shard.source_bytes for shard in job.output.shards),
         output_bytes=job.output_bytes,
         files=len(job.manifest({}).files) + 1,
         resumed_files=resumed,
         device=str(job.device),
+        was_there=was_there,
         seconds=time.perf_counter() - begin_s,
     )

@@ -9,6 +9,9 @@ from oomproof.conversion.sources import Source
 from oomproof.models.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from oomproof.models.headers import parse_json_object
 
+BLOCK_SCALES = "oomproof_block_scales"
+"""What in a quantization_config says how scales were chosen: "searched" or "absmax"."""
+
 
 def small_files(source: Source, output: Output) -> dict[str, bytes]:
     """Every file of the output but shards and manifest, by name."""
@@ -40,6 +43,8 @@ def _config(raw: bytes, output: Output) -> bytes:
         "load_in_4bit": True,
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
+        # Not a field of theirs, and ignored by transformers: codes and scales mean the same.
+        BLOCK_SCALES: output.block_scales,
     }
     return (json.dumps(config, indent=2) + "\n").encode()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from oomproof.conversion.files import digest_of
 from oomproof.errors import CheckpointError
 from oomproof.models.checkpoint import CONFIG_FILE, MAX_CONFIG_BYTES, TOKENIZER_FILES
 from oomproof.models.folder import list_folder, read_bounded, read_shard
@@ -113,6 +114,7 @@ class HubSource:
         if any(path.name != file for path in self.folder.glob("*.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
         path = self.hub.fetch_beside(self.repo, file, self.listing.commit, self.folder, told)
+        self._refuse_damaged(path, file)
         shard = read_shard(path)
         expected = tuple(one for one in self.checkpoint.tensors if one.file == file)
         if shard.size_bytes != size or shard.tensors != expected:
@@ -124,6 +126,18 @@ class HubSource:
         told(size)
         self._here = file
         return self.folder
+
+    def _refuse_damaged(self, path: Path, file: str) -> None:
+        """Compares a download with the hub's digest; huggingface_hub compares its length only."""
+        expected = self.listing.sha256.get(file)
+        found = expected and digest_of(path).sha256
+        if found != expected:
+            path.unlink()
+            raise CheckpointError(
+                f"{self.repo}/{file}",
+                f"came with sha256 {str(found)[:12]}…, the hub has {str(expected)[:12]}…",
+                remedy="run the same command again: what is finished is kept",
+            )
 
     def release(self, file: str) -> None:
         """See Source."""

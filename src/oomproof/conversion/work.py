@@ -145,8 +145,12 @@ def place_of_output(out: Path) -> Path:
     return out
 
 
-def refuse_used(out: Path) -> None:
+def refuse_used(out: Path, holds: str | None = None) -> None:
     """Refuses a folder with something in it.
+
+    Args:
+        out: The folder to make.
+        holds: What another job wrote there, where that is known.
 
     Raises:
         InputError: It is one.
@@ -154,8 +158,21 @@ def refuse_used(out: Path) -> None:
     with explained(out):
         if out.is_dir() and any(out.iterdir()):
             raise InputError(
-                f"--out {out} exists and is not empty", remedy="give another name, or remove it"
+                f"--out {out} exists and " + (f"holds {holds}" if holds else "is not empty"),
+                remedy="give another name, or remove it",
             )
+
+
+def refuse_inside(out: Path, source: Path) -> None:
+    """Refuses to write into the folder that is read.
+
+    Raises:
+        InputError: The output would lie there.
+    """
+    if source.resolve() in out.resolve().parents:
+        raise InputError(
+            f"--out {out} lies in the folder of the model itself", remedy="give another place"
+        )
 
 
 @contextmanager

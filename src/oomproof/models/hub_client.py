@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from inspect import signature
@@ -51,6 +51,7 @@ RETRY_PAUSES_S = (0.5, 1.0)
 """Before a header is asked for again, after a connection broke."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENDPOINT = re.compile(
     r"https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d{1,5})?(?:/[\w./~-]*)?", re.ASCII
 )
@@ -66,6 +67,8 @@ class Listing:
     commit: str
     sizes: Mapping[str, int | None]
     """File name → bytes, None where the hub does not say."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """File name → digest, of large files, where the hub says."""
 
 
 class HubUnreachableError(ModelNotFoundError):
@@ -149,6 +152,9 @@ class HubClient:
                 )
             files: Sequence[Any] = info.siblings or ()  # what the server sent, unchecked
             sizes = {str(file.rfilename): file.size for file in files}
+            digests = {
+                str(file.rfilename): file.lfs.sha256 for file in files if file.lfs is not None
+            }
             commit = info.sha or ""
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelNotFoundError(
@@ -163,6 +169,11 @@ class HubClient:
                 name: size if isinstance(size, int) and size >= 0 else None
                 for name, size in sizes.items()
                 if "/" not in name
+            },
+            sha256={
+                name: digest
+                for name, digest in digests.items()
+                if isinstance(digest, str) and _SHA256.fullmatch(digest)
             },
         )
 

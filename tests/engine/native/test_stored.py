@@ -26,6 +26,7 @@ from tests.compat.checkpoints import edit_json, edit_tensors, random_checkpoint
 from tests.conversion.jobs import (
     FORMATS,
     SOURCE,
+    as_theirs,
     in_shards,
     quantized,
     settings,
@@ -61,13 +62,14 @@ def check_same(one: NativeEngine, other: NativeEngine) -> None:
         assert torch.equal(found[name], part), name
 
 
+@pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_checkpoint_of_ours_is_held_bit_for_bit_as_its_source_quantized_while_loading(
-    format_name: str, tmp_path: Path
+    format_name: str, search: bool, tmp_path: Path
 ) -> None:
-    out = quantized(tmp_path / "out", format=format_name, shard=1 << 20)
+    out = quantized(tmp_path / "out", format=format_name, search=search, shard=1 << 20)
     own, engine = engine_of(out)
-    source, expected = engine_of("tiny", format=format_name)
+    source, expected = engine_of("tiny", format=format_name, search=search)
     assert (own.format, own.quantized_checkpoint) == (format_name, "bitsandbytes")
     assert own.devices[0].terms == source.devices[0].terms
     check_same(engine, expected)
@@ -102,7 +104,7 @@ def test_families_answer_from_a_checkpoint_as_from_their_source(
 ) -> None:
     source = random_checkpoint(tmp_path / "source", family)
     out = quantized(tmp_path / "out", source)
-    with load(source, format="nf4-dq", engine="native") as model:
+    with load(source, format="nf4-dq", search=True, engine="native") as model:
         expected = model.generate(PROMPT, **GREEDY)
     with load(out, engine="native") as model:
         assert model.plan.engine == "native"
@@ -234,7 +236,7 @@ def test_a_config_of_another_format_than_its_weights_is_refused(tmp_path: Path) 
 
 
 def test_shards_are_read_too(tmp_path: Path) -> None:
-    out = quantized(tmp_path / "out", in_shards(tmp_path / "source"), shard=1 << 20)
+    out = as_theirs(tmp_path / "out", in_shards(tmp_path / "source"), shard=1 << 20)
     _, engine = engine_of(out)
     _, expected = engine_of("tiny", format="nf4-dq")
     check_same(engine, expected)
@@ -261,7 +263,7 @@ def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiles_are_filled_with_the_same_bits(format_name: str, tmp_path: Path) -> None:
     out = quantized(tmp_path / "out", format=format_name)
     _, engine = engine_of(out)
-    _, expected = engine_of("tiny", format=format_name)
+    _, expected = engine_of("tiny", format=format_name, search=True)
     (device,) = engine._running.devices
     assert any(parameter.placed.tiling is not None for parameter in device._parameters())
     check_same(engine, expected)
@@ -313,7 +315,7 @@ def test_on_a_gpu_tiles_are_those_of_its_source(
     source = random_checkpoint(
         tmp_path / "source", hidden_size=512, intermediate_size=1024, num_hidden_layers=6
     )
-    out = quantized(tmp_path / "out", source, format=format_name, device="cuda")
+    out = as_theirs(tmp_path / "out", source, format=format_name, device="cuda")
     options: dict[str, Any] = {"offload": offload, "force": True} if offload == "cpu" else {}
     if offload == "cpu":
         whole = plan(source, format=format_name).devices[0].peak_bytes
