@@ -19,6 +19,7 @@ from oomproof.errors import (
     NotRunnableError,
     PlanDoesNotFitError,
 )
+from oomproof.evaluation.choosing import ask
 from oomproof.evaluation.html import report_html
 from oomproof.evaluation.report import EvalReport
 from oomproof.hardware.describe import describe
@@ -78,6 +79,47 @@ def test_figures_agree_with_each_other(report: EvalReport) -> None:
     assert report.reference.agreement.value == 1
 
 
+def test_differences_are_paired_and_told_of_every_two_formats(report: EvalReport) -> None:
+    kl = {one.format: one.kl for one in report.formats}
+    count = len(report.formats)
+    assert len(report.differences) == count * (count - 1) // 2
+    for one in report.differences:
+        assert one.kl.value == pytest.approx(kl[one.format].value - kl[one.other].value, abs=1e-6)
+    (alike,) = (d for d in report.differences if (d.format, d.other) == ("nf4-dq", "nf4"))
+    # The same codes under scales that are nearly the same.
+    assert alike.kl.high - alike.kl.low < 0.2 * (kl["nf4"].high - kl["nf4"].low)
+
+
+@pytest.fixture
+def mixtures(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalReport:
+    monkeypatch.setenv("OOMPROOF_HOME", str(tmp_path))
+    return oomproof.evaluate("tiny", text, formats="nf4-dq+search,fit:4MiB,fit", **QUICK)
+
+
+def test_mixtures_and_searched_scales_are_told_like_formats(mixtures: EvalReport) -> None:
+    searched, fit, whole = mixtures.formats
+    assert [one.format for one in mixtures.formats] == ["nf4-dq+search", "fit:4MiB", "fit"]
+    assert 0.95 * (4 << 20) < fit.weight_bytes <= 4 << 20
+    assert searched.bits_per_weight < fit.bits_per_weight < whole.bits_per_weight == 16
+    assert searched.kl.value > fit.kl.value > whole.kl.value == 0
+    assert (searched.tensors, whole.tensors) == ({}, {"bf16": 35})
+    assert sum(fit.tensors.values()) == 35
+    html = report_html(mixtures)
+    assert ">fit:4MiB<" in html
+    assert f"fit:4MiB: 35 linears, {next(iter(fit.tensors.values()))} in" in html
+    assert mixtures.histogram.formats == ()
+
+
+def test_fit_is_what_a_plan_for_the_device_holds(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OOMPROOF_HOME", str(tmp_path))
+    options: dict[str, Any] = {"context": 64, "max_memory": {"cpu": "6GiB"}}
+    plan = oomproof.plan("tiny", format="fit", engine="native", **options)
+    (found,) = oomproof.evaluate("tiny", text, formats="fit", tokens=64, **options).formats
+    assert set(found.tensors) == set(plan.tensor_formats.values())
+
+
 def test_it_is_repeatable(text: Path) -> None:
     one, two = (oomproof.evaluate("tiny", text, formats="nf4", **QUICK) for _ in range(2))
     assert replace(one, seconds=0) == replace(two, seconds=0)
@@ -115,6 +157,10 @@ def test_a_report_of_one_format_one_window_and_no_levels_is_drawn(text: Path) ->
         ({"formats": "llm-int8"}, "'llm-int8' is not one that is compared with bf16"),
         ({"formats": " , "}, "formats lists none"),
         ({"formats": "bf16"}, "bf16 is what formats are compared with"),
+        ({"formats": "nf4+seek"}, r"unknown format 'nf4\+seek'"),
+        ({"formats": "fit:1MiB"}, r"fit:1048576 is less than tiny takes in nf4-dq"),
+        ({"calibration": "words.txt"}, "calibration is what fit weighs errors by"),
+        ({"formats": "fit", "calibration": "none.txt"}, "'none.txt' cannot be read"),
         ({"tokens": 0}, "tokens 0 must be from 1"),
         ({"tokens": "many"}, "tokens 'many' is not a token count"),
         ({"context": 2048}, "context 2,048 is beyond what tiny was made for"),
@@ -130,7 +176,10 @@ def test_mistakes_are_refused(
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text(WORDS)
+    monkeypatch.setenv("OOMPROOF_HOME", str(tmp_path))
     monkeypatch.setattr("oomproof.evaluation.run.Walk.run", _fail)
+    if "fit" in str(options.get("formats")):
+        options = {"context": 16, **options}
     with pytest.raises(InputError, match=words):
         oomproof.evaluate("tiny", short, **options)
 
@@ -158,8 +207,8 @@ def test_fp8_is_refused_where_a_gpu_lacks_it_and_left_out_unless_asked_for(
     monkeypatch.setattr(evaluating, "probe", lambda: replace(old, host=probe().host))
     with pytest.raises(NotRunnableError, match=r"fp8 needs compute capability 8\.9, .* has 8\.0"):
         oomproof.evaluate("tiny", text, formats="nf4,fp8", **QUICK)
-    names = evaluating._read_formats(None, "bf16", resolve("tiny"), old.devices[0])
-    assert "fp8" not in names
+    asked = ask(None, "bf16", resolve("tiny"), old.devices[0])
+    assert "fp8" not in [one.name for one in asked]
 
 
 def test_a_family_without_our_decoder_is_refused(text: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from oomproof.errors import InputError
 from oomproof.formats import FIT
 from oomproof.hardware.describe import describe
 from oomproof.hardware.probe import probe
-from oomproof.hardware.spec import Hardware
+from oomproof.hardware.spec import DeviceSpec, Hardware
 from oomproof.models.resolve import resolve
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.damage import WeightErrors
@@ -22,6 +24,10 @@ from oomproof.planning.spelled import read_bytes, read_count, read_limits, read_
 
 if TYPE_CHECKING:
     from oomproof.planning.handoffs.handoff import HandOff
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, bytes done, bytes in all)."""
 
 
 def plan(  # noqa: PLR0913 - one keyword an option of the command line
@@ -41,8 +47,10 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
     force: bool = False,
     what_would_it_take: bool = False,
     search: bool = False,
+    calibration: str | Path | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """Plans a model on this machine, or on a described one.
 
@@ -65,8 +73,11 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         force: Accepts a plan that streams at less than a token a second.
         what_would_it_take: Also looks for the smallest listed hardware on which it would fit.
         search: Searches the block scales of 4-bit formats for the least error while loading.
+        calibration: A file of UTF-8 text; "fit" weighs the errors of weights by what they cost on
+            it. Measured once, on the processor, layer by layer, and kept.
         revision: Branch, tag or commit of a hub id.
         allow_pickle: Converts a folder whose weights are pickles first, in a process of its own.
+        progress: Told of "calibrate", and of bytes of the checkpoint, where that takes time.
 
     Raises:
         InputError: Any of these cannot be understood or served; see oomproof.errors.
@@ -90,7 +101,8 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         search=search,
     )
     notes = read_notes() if gpus is None else None
-    return make_plan(spec, _hardware(gpus), request, notes, _errors_of(spec, request))
+    errors = _errors_of(spec, request, calibration, progress)
+    return make_plan(spec, _hardware(gpus), request, notes, errors)
 
 
 def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
@@ -146,15 +158,78 @@ def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
     return hand_over(target, spec, hardware, request, format_name=format)
 
 
-def _errors_of(spec: ModelSpec, request: PlanRequest) -> WeightErrors | None:
-    """Measured errors of weights, where they matter and the weights are here; else None."""
-    if request.format != FIT or spec.source.kind != "folder" or spec.checkpoint is None:
-        return None
-    if spec.checkpoint_quantization is not None or find_spec("torch") is None:
-        return None
+def refuse_without_fit(calibration: str | Path | None, *, has_fit: bool) -> None:
+    """Refuses a text that nothing would read.
+
+    Raises:
+        InputError: There is one, and no mixture is asked for.
+    """
+    if calibration is not None and not has_fit:
+        raise InputError(
+            "calibration is what fit weighs errors by, and fit is not asked for",
+            remedy="leave --calibration out, or use --format fit",
+        )
+
+
+def weight_errors(
+    folder: Path,
+    spec: ModelSpec,
+    calibration: str | Path | None,
+    *,
+    device: DeviceSpec | None = None,
+    progress: Progress | None = None,
+) -> WeightErrors:
+    """Measured errors of a model's weights, and what they cost on a text.
+
+    Args:
+        folder: Where its files are.
+        spec: The model, with the headers of its checkpoint.
+        calibration: The text; None for sensitivities that need none.
+        device: Where what they cost is measured; None for the processor.
+        progress: Told of "calibrate".
+
+    Raises:
+        InputError: The text cannot be read, or is too short.
+        NotRunnableError: The native engine does not compute the model.
+        PlanDoesNotFitError: There is too little memory to measure it.
+        CheckpointError: A file is damaged.
+    """
     from oomproof.loading.weight_errors import measured_errors
 
-    return measured_errors(Path(spec.source.path), spec)
+    errors = measured_errors(folder, spec)
+    if calibration is None:
+        return errors
+    from oomproof.evaluation.calibrate import calibrated
+
+    told = None if progress is None else partial(progress, "calibrate")
+    return calibrated(errors, folder, spec, Path(calibration), device=device, told=told)
+
+
+def _errors_of(
+    spec: ModelSpec,
+    request: PlanRequest,
+    calibration: str | Path | None,
+    progress: Progress | None,
+) -> WeightErrors | None:
+    """Measured errors of weights, where they matter and the weights are here; else None."""
+    refuse_without_fit(calibration, has_fit=request.format == FIT)
+    missing = _why_not_measured(spec)
+    if request.format == FIT and missing is None:
+        return weight_errors(Path(spec.source.path), spec, calibration, progress=progress)
+    if calibration is not None:
+        raise InputError(
+            f"{spec.id} cannot be calibrated: {missing}",
+            remedy="give the folder of its 16-bit checkpoint, or leave --calibration out",
+        )
+    return None
+
+
+def _why_not_measured(spec: ModelSpec) -> str | None:
+    if spec.source.kind != "folder" or spec.checkpoint is None:
+        return "its weights are in no folder here"
+    if spec.checkpoint_quantization is not None:
+        return "its checkpoint is quantized already"
+    return None if find_spec("torch") is not None else "torch is not installed"
 
 
 def _hardware(gpus: str | None) -> Hardware:

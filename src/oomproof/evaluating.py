@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from oomproof.agreement import Progress, fetch, of_stage, require_run_packages
-from oomproof.errors import InputError, NotRunnableError
-from oomproof.formats import FORMATS, DType, get_format
+from oomproof.asking import refuse_without_fit, weight_errors
+from oomproof.errors import InputError
+from oomproof.evaluation.choosing import Place, ask, open_folders, variants_of
+from oomproof.formats import FIT, DType
 from oomproof.hardware.probe import probe
-from oomproof.hardware.spec import DeviceSpec
-from oomproof.memory.profiles import NATIVE_FORMATS, engine_profile
+from oomproof.memory.profiles import engine_profile
 from oomproof.models.resolve import resolve, with_checkpoint
 from oomproof.models.spec import ModelSpec
-from oomproof.planning.engines import why_not_native
 from oomproof.planning.request import COMPUTE_DTYPES
 from oomproof.planning.spelled import read_bytes, read_limits, read_tokens
 
 if TYPE_CHECKING:
-    import torch
-
     from oomproof.evaluation.report import EvalReport
 
 MAX_TOKENS = 1 << 24
@@ -35,6 +33,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     formats: str | Sequence[str] | None = None,
     tokens: int | str | None = None,
     context: int | str | None = None,
+    calibration: str | Path | None = None,
     compute_dtype: str = "auto",
     max_memory: Mapping[int | Literal["cpu"], int | str] | None = None,
     reserve: int | str = 0,
@@ -49,8 +48,11 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
         model: A folder, a hub id, a name of the catalog, or "tiny".
         text: A file of UTF-8 text.
         formats: "nf4,int4" or a list; None for every format below 16 bits that runs here.
+            "nf4+search" has searched scales, "fit" is a plan's mixture, "fit:40MiB" one of at most
+            so many bytes, and "./folder" what `quantize` wrote.
         tokens: The most tokens to predict (32768, "32k"); None for 32k.
         context: Tokens of a window; None for min(2048, the model's maximum).
+        calibration: A file of UTF-8 text that "fit" weighs errors by; see `plan`.
         compute_dtype: "bfloat16", "float16", "float32", or "auto": bfloat16.
         max_memory: Device index → most bytes to use there ("20GiB"); "cpu" → host RAM.
         reserve: Free memory of the device to leave alone.
@@ -62,6 +64,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     Raises:
         InputError: Any of these cannot be understood or served.
         NotRunnableError: The native engine does not compute this model, or a format here.
+        ModelNotFoundError, CheckpointError: A folder is not there, or damaged.
         PlanDoesNotFitError: There is not enough memory; it says for how many tokens there is.
         MissingDependencyError, LoadError: As `load` does.
     """
@@ -76,7 +79,10 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     hardware = probe()
     device = max(hardware.devices, key=lambda one: one.free_bytes)
     dtype = _compute_dtype(compute_dtype)
-    names = _read_formats(formats, _REFERENCES[dtype], spec, device)
+    asked = ask(formats, _REFERENCES[dtype], spec, device)
+    has_fit = any(one.format == FIT for one in asked)
+    refuse_without_fit(calibration, has_fit=has_fit)
+    folders = open_folders(asked)
     length = _context(context, spec)
     path = Path(text)
     words = read_text(path, wanted)
@@ -89,6 +95,18 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     windows = cut_windows(
         words, tokenizer, tokens=wanted, context=length, name=f"text {str(path)!r}"
     )
+    place = Place(
+        hardware=hardware,
+        device=device,
+        context=length,
+        compute_dtype=dtype,
+        limits=limits,
+        reserve_bytes=reserved,
+    )
+    errors = None
+    if has_fit:
+        errors = weight_errors(folder, spec, calibration, device=device, progress=progress)
+    variants = variants_of(asked, _REFERENCES[dtype], spec, folders, errors, place)
 
     from oomproof.evaluation.needs import find_room, needs_of
 
@@ -97,7 +115,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     room = find_room(
         needs_of(
             spec,
-            names,
+            variants,
             context=length,
             compute_dtype=dtype,
             device=device,
@@ -112,6 +130,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
         scored=windows.scored,
     )
     from oomproof.evaluation.conclude import conclude
+    from oomproof.evaluation.devices import torch_device
     from oomproof.evaluation.run import Job, Walk
 
     assert spec.forward is not None
@@ -120,9 +139,9 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
         forward=spec.forward,
         folder=folder,
         windows=windows,
-        formats=names,
+        variants=variants,
         compute_dtype=dtype,
-        device=_torch_device(device),
+        device=torch_device(device),
         profile=engine_profile("native", device, hardware.host),
         states_on_device=room.states_on_device,
     )
@@ -142,25 +161,6 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
         seed=seed,
         seconds=time.perf_counter() - begin_s,
     )
-
-
-def _torch_device(device: DeviceSpec) -> torch.device:
-    """Where torch computes.
-
-    Raises:
-        HardwareError: torch cannot use the GPU.
-    """
-    import torch
-
-    if device.kind != "cuda":
-        return torch.device("cpu")
-    from oomproof.loading.devices import check_cuda, set_up_cuda
-
-    set_up_cuda()
-    check_cuda(device.index, device.uuid)
-    found = torch.device("cuda", device.index)
-    torch.cuda.set_device(found)
-    return found
 
 
 def _count(value: int | str | None, default: int, what: str, least: int, most: int) -> int:
@@ -196,59 +196,3 @@ def _compute_dtype(asked: str) -> DType:
             remedy=f"use one of {', '.join(COMPUTE_DTYPES)}",
         )
     return DType.BFLOAT16 if asked == "auto" else DType(asked)
-
-
-def _read_formats(
-    formats: str | Sequence[str] | None, reference: str, spec: ModelSpec, device: DeviceSpec
-) -> tuple[str, ...]:
-    """The formats to evaluate, the reference first.
-
-    Raises:
-        InputError: One is unknown, or is no format to compare.
-        NotRunnableError: The model or one of them does not run here.
-    """
-    if spec.not_native is not None or spec.checkpoint_quantization is not None:
-        why = why_not_native(spec, get_format(reference), (device,))
-        raise NotRunnableError(
-            f"{spec.id} cannot be evaluated: {why}",
-            remedy="use a 16-bit checkpoint of a family that the native engine computes",
-        )
-    known = [n for n, f in FORMATS.items() if f.is_quantized and n in NATIVE_FORMATS]
-    if formats is None:
-        names = [name for name in known if _why_not(name, device) is None]
-    else:
-        listed = formats.split(",") if isinstance(formats, str) else list(formats)
-        names = [name.strip() for name in listed if name.strip()]
-        if not names:
-            raise InputError("formats lists none", remedy=f'write "{",".join(known)}"')
-    found = [reference]
-    for name in names:
-        if name not in known and name != reference:
-            get_format(name[:40])
-            raise InputError(
-                f"format {name!r} is not one that is compared with {reference}",
-                remedy=f"use some of {', '.join(known)}",
-            )
-        why = _why_not(name, device)
-        if why is not None:
-            raise NotRunnableError(why, remedy="leave it out of --formats")
-        if name not in found:
-            found.append(name)
-    if len(found) == 1:
-        raise InputError(
-            f"{reference} is what formats are compared with",
-            remedy=f"add some of {', '.join(known)} to --formats",
-        )
-    why = why_not_native(spec, get_format(reference), (device,))
-    if why is not None:
-        raise NotRunnableError(f"{spec.id} cannot be evaluated here: {why}")
-    return tuple(found)
-
-
-def _why_not(name: str, device: DeviceSpec) -> str | None:
-    """Why a format does not run on the device."""
-    least, has = get_format(name).min_compute_capability, device.compute_capability
-    if least is None or has is None or has >= least:
-        return None
-    needed, found = (".".join(map(str, capability)) for capability in (least, has))
-    return f"{name} needs compute capability {needed}, {device.name} has {found}"

@@ -199,6 +199,7 @@ def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contra
             "format": nearest.get(own.format, own.format),
             "engine": engine,
             "search": False,
+            "calibration": None,
             "kv_format": "auto",
             "context": own.context,
             "concurrency": own.concurrency,

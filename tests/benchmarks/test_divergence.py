@@ -7,12 +7,20 @@ from pathlib import Path
 import pytest
 from benchmarks.divergence import Divergence, stored_bytes
 
+from oomproof.evaluation.calibrate import calibrated
 from oomproof.loading.weight_errors import measured_errors
 from oomproof.models.resolve import bundled_folder
 from oomproof.planning.damage import FIT_FORMATS, item_of
 from oomproof.planning.fit import choose
 
 pytest.importorskip("transformers")
+
+OTHER = (
+    "It was a dark night, and the rain fell upon the sea. The captain stood at the wheel, and "
+    "spoke to no man. In the morning they saw the land, a long grey line under the clouds; and "
+    'when they came near, a boat put out from it. "Who are you," said the man in it, "and what do '
+    'you want?" '
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +68,30 @@ def test_a_mixture_diverges_less_than_the_uniform_format_of_its_bytes(model: Div
     mixed = model.of(by_tensor, search=True)
     assert mixed["bytes"] <= budget
     assert mixed["kl"] < 0.85 * model.of(model.uniform("nf4"), search=True)["kl"]
+
+
+def test_calibrated_on_other_text_a_mixture_diverges_less_at_the_same_bytes(
+    model: Divergence, tmp_path: Path
+) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text(OTHER * 50)
+    free = measured_errors(bundled_folder(), model.spec)
+    own = calibrated(free, bundled_folder(), model.spec, text)
+    formats = (*FIT_FORMATS, "bf16")
+    low, high = (model.size_bytes(model.uniform(name)) for name in ("nf4-dq", "int8"))
+    budget = (low + high) // 2
+    kl = []
+    for errors in (own, free):
+        items = [
+            item_of(name, g, formats, errors, stored_bytes) for name, g in model.groups.items()
+        ]
+        fit = choose(items, budget)
+        assert fit is not None
+        assert fit.size_bytes <= budget
+        by_tensor = {
+            tensor.name: choice.format
+            for group, choice in zip(model.groups.values(), fit.chosen, strict=True)
+            for tensor in group
+        }
+        kl.append(model.of(by_tensor, search=True)["kl"])
+    assert kl[0] < 0.9 * kl[1]

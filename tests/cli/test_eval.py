@@ -40,6 +40,18 @@ def test_the_table_fits_a_terminal_and_has_every_format(text: Path) -> None:
         assert f"\n {name} " in done.out
 
 
+def test_long_names_leave_every_figure_whole(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ("a-folder-with-quite-a-name-" + "x" * 40)
+    assert invoke("quantize", "tiny", "--out", str(folder), "--device", "cpu").code == 0
+    names = f"nf4-g16+search,fit:3670016,{folder}"
+    done = invoke("eval", "tiny", "--text", str(text), *QUICK[:-1], names)
+    assert done.code == 0, done.err
+    assert "…" not in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert "\n nf4-g16+search " in done.out
+    assert "\nfit:3670016: 35 linears, " in done.out
+
+
 def test_json_goes_to_stdout_and_the_report_to_its_file(text: Path, tmp_path: Path) -> None:
     html = tmp_path / "eval.html"
     done = invoke("eval", "tiny", "--text", str(text), *QUICK, "--json", "--html", str(html))
@@ -56,6 +68,8 @@ def test_json_goes_to_stdout_and_the_report_to_its_file(text: Path, tmp_path: Pa
     ("arguments", "words"),
     [
         (("--formats", "nf4,nope"), "unknown format 'nope'"),
+        (("--formats", "nf4,./nope"), "nope: no such folder"),
+        (("--formats", "nf4", "--calibration", "x.txt"), "calibration is what fit weighs errors"),
         (("--html", "report.pdf"), "is no .html file"),
         (("--html", "no/such/folder/report.html"), "there is no folder"),
         (("--tokens", "3x"), "tokens '3x' is not a token count"),

@@ -11,9 +11,12 @@ import torch
 import oomproof
 from oomproof import evaluating
 from oomproof.evaluation import run
+from oomproof.evaluation.calibrate import sensitivities
+from oomproof.evaluation.report import EvalReport
+from oomproof.evaluation.variants import COMPARED
 from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import DeviceSpec, Hardware
-from oomproof.models.resolve import resolve
+from oomproof.models.resolve import bundled_folder, resolve
 
 pytestmark = pytest.mark.gpu
 
@@ -27,20 +30,9 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
-def test_figures_are_the_processors(
-    text: Path, monkeypatch: pytest.MonkeyPatch, compute_dtype: str
-) -> None:
-    formats = "int8,nf4,nf4-dq,fp4,int4" + (",fp8" if compute_dtype == "bfloat16" else "")
-    options: dict[str, Any] = {
-        "formats": formats,
-        "compute_dtype": compute_dtype,
-        "context": 128,
-        "tokens": 2048,
-    }
-    gpu = oomproof.evaluate("tiny", text, **options)
+def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides the GPUs from what is evaluated from now on."""
     hardware = probe()
-    assert gpu.device == max(hardware.devices, key=lambda one: one.free_bytes).name
     processor = DeviceSpec(
         index=0,
         name="cpu",
@@ -48,20 +40,68 @@ def test_figures_are_the_processors(
         total_bytes=hardware.host.total_ram_bytes,
         free_bytes=hardware.host.available_ram_bytes,
     )
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            evaluating,
-            "probe",
-            lambda: Hardware(devices=(processor,), host=hardware.host, source="probed"),
-        )
-        cpu = oomproof.evaluate("tiny", text, **options)
-    assert gpu.histogram.counts == pytest.approx(cpu.histogram.counts, abs=200)
+    monkeypatch.setattr(
+        evaluating,
+        "probe",
+        lambda: Hardware(devices=(processor,), host=hardware.host, source="probed"),
+    )
+
+
+def assert_alike(gpu: EvalReport, cpu: EvalReport) -> None:
     for here, there in zip(gpu.formats, cpu.formats, strict=True):
-        assert here.format == there.format
+        assert (here.format, here.tensors) == (there.format, there.tensors)
+        assert here.weight_bytes == there.weight_bytes
         assert here.kl.value == pytest.approx(there.kl.value, rel=0.1, abs=3e-4)
         assert here.bits_per_byte.value == pytest.approx(there.bits_per_byte.value, rel=0.01)
         for layer, other in zip(here.layers, there.layers, strict=True):
             assert layer.weight_error == pytest.approx(other.weight_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_figures_are_the_processors(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_dtype: str
+) -> None:
+    monkeypatch.setenv("OOMPROOF_HOME", str(tmp_path))
+    formats = "int8,nf4,nf4-dq,nf4-g16,fp4,int4,nf4-dq+search,nf4-g16+search,int4+search,fit:4MiB"
+    options: dict[str, Any] = {
+        "formats": formats + (",fp8" if compute_dtype == "bfloat16" else ""),
+        "compute_dtype": compute_dtype,
+        "context": 128,
+        "tokens": 2048,
+    }
+    gpu = oomproof.evaluate("tiny", text, **options)
+    assert gpu.device == max(probe().devices, key=lambda one: one.free_bytes).name
+    on_the_processor(monkeypatch)
+    cpu = oomproof.evaluate("tiny", text, **options)
+    assert gpu.histogram.counts == pytest.approx(cpu.histogram.counts, abs=200)
+    assert_alike(gpu, cpu)
+
+
+def test_a_folder_in_4_bits_is_the_processors_too(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    oomproof.quantize("tiny", folder, device="cpu")
+    options: dict[str, Any] = {"formats": ["nf4-dq", str(folder)], "context": 128, "tokens": 1024}
+    gpu = oomproof.evaluate("tiny", text, **options)
+    own, of_folder = gpu.formats
+    assert of_folder.kl.value == pytest.approx(own.kl.value, rel=0.02)
+    on_the_processor(monkeypatch)
+    assert_alike(gpu, oomproof.evaluate("tiny", text, **options))
+
+
+def test_sensitivities_are_the_processors(text: Path) -> None:
+    spec = resolve("tiny")
+    assert spec.forward is not None
+    generator = torch.Generator().manual_seed(2)
+    inputs: list[list[int]] = torch.randint(4, 2048, (4, 128), generator=generator).tolist()
+    device = max(probe().devices, key=lambda one: one.free_bytes)
+    gpu, cpu = (
+        sensitivities(bundled_folder(), spec, spec.forward, inputs, device=one)
+        for one in (device, None)
+    )
+    # Computed in bfloat16 there and in float32 here, with the same noise.
+    assert gpu == {name: pytest.approx(cost, rel=0.1) for name, cost in cpu.items()}
 
 
 def test_where_the_states_wait_changes_nothing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,11 +117,14 @@ def test_where_the_states_wait_changes_nothing(text: Path, monkeypatch: pytest.M
     assert [one.kl for one in here.formats] == [one.kl for one in there.formats]
 
 
-def test_no_more_memory_is_taken_than_was_planned(text: Path) -> None:
+def test_no_more_memory_is_taken_than_was_planned(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    oomproof.quantize("tiny", folder, device="cpu")
     device = max(probe().devices, key=lambda one: one.free_bytes).index
     oomproof.evaluate("tiny", text, context=64, tokens=64)  # what a process takes once
     torch.cuda.reset_peak_memory_stats(device)
-    report = oomproof.evaluate("tiny", text, context=512, tokens=4096)
+    names = [*COMPARED, "nf4-g16+search", "fit:4MiB", str(folder)]
+    report = oomproof.evaluate("tiny", text, formats=names, context=512, tokens=4096)
     assert torch.cuda.max_memory_reserved(device) <= report.peak_bytes
     assert resolve("tiny").num_hidden_layers == len(report.formats[0].layers)
 

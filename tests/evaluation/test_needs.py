@@ -13,29 +13,33 @@ from oomproof.errors import PlanDoesNotFitError
 from oomproof.evaluation.needs import (
     Needs,
     Room,
+    absmax_numel,
     find_room,
     needs_of,
     slice_rows,
     source_bytes,
     unit_tensors,
 )
+from oomproof.evaluation.stored_folder import StreamedFolder, open_folder
 from oomproof.evaluation.streamed import StreamedWeights
-from oomproof.formats import DType
+from oomproof.evaluation.variants import StoredFolder, Variant, plain
+from oomproof.formats import DType, mixture
 from oomproof.hardware.describe import describe
 from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import DeviceSpec, Hardware
 from oomproof.memory.profiles import engine_profile
 from oomproof.models.resolve import bundled_folder, resolve, with_checkpoint
 from oomproof.units import GIB
+from tests.conversion.jobs import quantized
 
-FORMATS = ("bf16", "nf4", "nf4-dq", "int8")
+VARIANTS = tuple(plain(name) for name in ("bf16", "nf4", "nf4-dq", "nf4-g16", "int8"))
 CONTEXT = 128
 
 
 def of_tiny(device: DeviceSpec, hardware: Hardware) -> Needs:
     return needs_of(
         with_checkpoint(resolve("tiny")),
-        FORMATS,
+        VARIANTS,
         context=CONTEXT,
         compute_dtype=DType.BFLOAT16,
         device=device,
@@ -73,9 +77,45 @@ def test_weights_are_allocated_as_they_are_counted() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", counted)
         StreamedWeights(
-            spec, Path(bundled_folder()), FORMATS, DType.BFLOAT16, torch.device("cpu"), profile
+            spec, Path(bundled_folder()), VARIANTS, DType.BFLOAT16, torch.device("cpu"), profile
         )
     assert before == [needs.device[name] for name in ("source", "weights", "absmax")]
+    assert needs.device["stored"] == 0
+
+
+def test_a_folders_largest_unit_is_counted_beside_all_others(tmp_path: Path) -> None:
+    hardware = probe()
+    device = replace(hardware.devices[0], kind="cpu")
+    spec = with_checkpoint(resolve("tiny"))
+    path = quantized(tmp_path / "out", format="nf4-dq")
+    own = StoredFolder(spec=with_checkpoint(resolve(str(path))), path=path)
+    variant = open_folder("out/", own, spec)
+    needs = needs_of(
+        spec,
+        (*VARIANTS, variant),
+        context=CONTEXT,
+        compute_dtype=DType.BFLOAT16,
+        device=device,
+        hardware=hardware,
+    )
+    profile = engine_profile("native", device, hardware.host)
+    streamed = StreamedFolder(variant, DType.BFLOAT16, torch.device("cpu"), profile)
+    assert streamed.memory.nbytes == needs.device["stored"] > 0
+    without = of_tiny(device, hardware)
+    assert needs.device_bytes == without.device_bytes + needs.device["stored"]
+    assert needs.state_bytes == without.state_bytes * 6 // 5
+
+
+def test_blocks_of_16_have_room_for_their_scales_in_wide_models() -> None:
+    spec = resolve("llama-3.1-8b")
+    hardware = probe()
+    profile = engine_profile("native", replace(hardware.devices[0], kind="cpu"), hardware.host)
+    widest = 14336 * 4096
+    assert absmax_numel(spec, (plain("bf16"), plain("nf4-dq")), profile) == widest // 64
+    assert absmax_numel(spec, (plain("bf16"), plain("nf4-g16")), profile) == widest // 16
+    by_tensor = mixture({"model.layers.3.mlp.up_proj.weight": "nf4-g16"})
+    mixed = Variant(name="fit", format=by_tensor, search=True)
+    assert absmax_numel(spec, (plain("bf16"), mixed), profile) == widest // 16
 
 
 def test_a_tied_head_is_not_counted_twice() -> None:
@@ -132,7 +172,7 @@ def test_a_405b_is_evaluated_on_a_card_of_48_gib() -> None:
     hardware = describe("1x48GiB")
     needs = needs_of(
         spec,
-        FORMATS,
+        VARIANTS,
         context=2048,
         compute_dtype=DType.BFLOAT16,
         device=hardware.devices[0],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oomproof.planning.fit import Choice, Item, choose
+from oomproof.planning.fit import Choice, Item, choose, no_worse_than_uniform
 
 
 def item(name: str, *choices: tuple[int, float]) -> Item:
@@ -98,3 +98,24 @@ def test_a_format_off_the_hull_takes_what_is_left() -> None:
     found = choose([item("a", (10, 1.0), (19, 0.9), (20, 0.1))], 19)
     assert found is not None
     assert found.size_bytes == 19
+
+
+def test_against_one_format_for_all_no_item_loses_where_that_is_asked_for() -> None:
+    def item(name: str, weight: float) -> Item:
+        sizes = {"low": (4, 8.0), "middle": (6, 3.0), "high": (16, 0.1)}
+        choices = [
+            Choice(format=one, size_bytes=size, damage=weight * damage)
+            for one, (size, damage) in sizes.items()
+        ]
+        return Item(name=name, choices=tuple(choices))
+
+    items = [item("a", 0.01), item("b", 1.0), item("c", 1.0)]
+    free = choose(items, 26)
+    assert free is not None
+    assert free.chosen[0].format == "low"
+    assert sorted(one.format for one in free.chosen[1:]) == ["high", "middle"]
+    kept = no_worse_than_uniform(items, 26)
+    assert [[one.format for one in item.choices] for item in kept] == [["middle", "high"]] * 3
+    assert no_worse_than_uniform(items, 17) == items
+    assert no_worse_than_uniform(items, 11) == items
+    assert no_worse_than_uniform([], 0) == []

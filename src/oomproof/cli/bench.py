@@ -53,6 +53,7 @@ def bench(
     offload: options.Offload = "none",
     force: options.Force = False,
     search: options.Search = False,
+    calibration: options.Calibration = None,
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
@@ -78,6 +79,7 @@ def bench(
         "offload": offload,
         "force": force,
         "search": search,
+        "calibration": calibration,
         "revision": revision,
         "allow_pickle": allow_pickle,
     }

@@ -45,6 +45,7 @@ def chat(
     offload: options.Offload = "none",
     force: options.Force = False,
     search: options.Search = False,
+    calibration: options.Calibration = None,
     fallback: options.Fallback = None,
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
@@ -77,7 +78,7 @@ def chat(
     allowed = read_fallback(fallback)
     session.require_run_packages()
     options.convert_pickle(model, allowed=allow_pickle)
-    made = session.plan(
+    made = options.planned(
         model,
         format=format,
         kv_format=kv_format,
@@ -89,6 +90,7 @@ def chat(
         offload=offload,
         force=force,
         search=search,
+        calibration=calibration,
         revision=revision,
         allow_pickle=allow_pickle,
     )

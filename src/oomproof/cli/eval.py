@@ -18,7 +18,8 @@ Formats = Annotated[
     str | None,
     typer.Option(
         "--formats",
-        help="Formats to compare with 16 bits, with commas: nf4,int4,fp8. [default: all that run]",
+        help="What to compare with 16 bits, with commas: nf4,nf4-dq+search,fit,fit:40MiB,./folder. "
+        "[default: all formats that run]",
         show_default=False,
     ),
 ]
@@ -56,6 +57,7 @@ def evaluate(
     formats: Formats = None,
     tokens: Tokens = None,
     context: Window = None,
+    calibration: options.Calibration = None,
     compute_dtype: ComputeDtype = "auto",
     html: Html = None,
     max_memory: options.MaxMemory = None,
@@ -81,6 +83,7 @@ def evaluate(
             formats=formats,
             tokens=tokens,
             context=context,
+            calibration=calibration,
             compute_dtype=compute_dtype,
             max_memory=options.parse_max_memory(max_memory),
             reserve=reserve or 0,

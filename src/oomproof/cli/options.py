@@ -60,6 +60,15 @@ Search = Annotated[
         "--search", help="Search the block scales of 4-bit weights for the least error at load."
     ),
 ]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="A file of UTF-8 text that fit weighs the errors of weights by; measured once.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
 Fallback = Annotated[
     str | None,
     typer.Option(
@@ -251,3 +260,15 @@ def parse_max_memory(
             )
         limits[int(index)] = size
     return limits
+
+
+def planned(model: str, **asked: Any) -> Plan:
+    """The plan of `session.plan`; where it measures a calibration first, with a bar on stderr."""
+    from oomproof import session
+
+    if asked.get("calibration") is None:
+        return session.plan(model, **asked)
+    from oomproof.cli.render import loading_progress
+
+    with loading_progress() as progress:
+        return session.plan(model, progress=progress, **asked)

@@ -58,6 +58,7 @@ def plan(
     offload: options.Offload = "none",
     force: options.Force = False,
     search: options.Search = False,
+    calibration: options.Calibration = None,
     target: For = None,
     plot: Plot = None,
     what_would_it_take: WhatWouldItTake = False,
@@ -78,6 +79,7 @@ def plan(
                 "--offload": offload != "none",
                 "--force": force,
                 "--search": search,
+                "--calibration": calibration is not None,
                 "--plot": plot is not None,
                 "--what-would-it-take": what_would_it_take,
             }
@@ -100,7 +102,7 @@ def plan(
             as_json=json,
         )
         return
-    made = session.plan(
+    made = options.planned(
         model,
         gpus=gpus,
         format=format,
@@ -114,6 +116,7 @@ def plan(
         offload=offload,
         force=force,
         search=search,
+        calibration=calibration,
         what_would_it_take=what_would_it_take,
         revision=revision,
         allow_pickle=allow_pickle,

@@ -23,6 +23,7 @@ def rehearse(
     offload: options.Offload = "none",
     force: options.Force = False,
     search: options.Search = False,
+    calibration: options.Calibration = None,
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
     note: options.Note = True,
@@ -39,7 +40,7 @@ def rehearse(
 
     session.require_run_packages()
     options.convert_pickle(model, allowed=allow_pickle)
-    made = session.plan(
+    made = options.planned(
         model,
         format=format,
         kv_format=kv_format,
@@ -52,6 +53,7 @@ def rehearse(
         offload=offload,
         force=force,
         search=search,
+        calibration=calibration,
         revision=revision,
         allow_pickle=allow_pickle,
     )

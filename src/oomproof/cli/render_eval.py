@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from oomproof.evaluation.html import alike, describe
+from oomproof.evaluation.html import alike, describe, describe_mixtures
 from oomproof.units import format_bytes
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _WIDE = 108
 """Columns of a terminal that has room for every interval."""
+_SHORT = 8
+"""Characters of a name beside which 80 columns have room for every figure."""
 
 
 def print_eval(report: EvalReport) -> None:
@@ -26,23 +28,28 @@ def print_eval(report: EvalReport) -> None:
     console.print(f"[bold]{escape(report.model)}[/bold] on {escape(report.device)}")
     console.print(f"[dim]{escape(describe(report))}[/dim]")
     console.print(_quality(report, wide=console.width >= _WIDE))
+    for line in describe_mixtures(report):
+        console.print(f"[dim]{escape(line)}[/dim]")
     console.print(_layers(report))
     if report.histogram.formats:
         console.print(_levels(report))
 
 
 def _quality(report: EvalReport, *, wide: bool) -> Table:
-    table = _table(
-        "", "bits", "weights", "perplexity", "bits/byte", "added", "KL, nats", "same top"
-    )
-    for one in (report.reference, *report.formats):
+    shown = (report.reference, *report.formats)
+    # Names of mixtures and folders take the place of what `added` tells too.
+    roomy = wide or max(len(one.format) for one in shown) <= _SHORT
+    per_byte = ("bits/byte",) if roomy else ()
+    table = _table("", "bits", "weights", "perplexity", *per_byte, "added", "KL, nats", "same top")
+    for one in shown:
         row = [
             one.format,
             f"{one.bits_per_weight:.2f}",
             format_bytes(one.weight_bytes),
             _figure(one.perplexity, 2, with_interval=wide),
-            _figure(one.bits_per_byte, 4, with_interval=wide),
         ]
+        if roomy:
+            row.append(_figure(one.bits_per_byte, 4, with_interval=wide))
         if one is not report.reference:
             row += [
                 _figure(one.added_bits_per_byte, 4, with_interval=wide),
@@ -88,7 +95,11 @@ def _levels(report: EvalReport) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        if number:
+            table.add_column(column, justify="right", no_wrap=True)
+        else:
+            # What is longer than there is room for is broken, and no figure is.
+            table.add_column(column, overflow="fold")
     return table
 
 

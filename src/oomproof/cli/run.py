@@ -62,6 +62,7 @@ def run(
     offload: options.Offload = "none",
     force: options.Force = False,
     search: options.Search = False,
+    calibration: options.Calibration = None,
     fallback: options.Fallback = None,
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
@@ -100,7 +101,7 @@ def run(
     allowed = read_fallback(fallback)
     session.require_run_packages()
     options.convert_pickle(model, allowed=allow_pickle)
-    made = session.plan(
+    made = options.planned(
         model,
         format=format,
         kv_format=kv_format,
@@ -112,6 +113,7 @@ def run(
         offload=offload,
         force=force,
         search=search,
+        calibration=calibration,
         revision=revision,
         allow_pickle=allow_pickle,
     )

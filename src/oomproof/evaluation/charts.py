@@ -13,6 +13,8 @@ INK, SOFT, GRID = "#1b1f24", "#57606a", "#d8dee4"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 # Okabe and Ito's palette, told apart by colour-blind readers.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+_DASHES = {(False, False): "", (True, False): "6 4", (False, True): "2 3", (True, True): "6 3 2 3"}
+"""By whether scales are quantized once more, and whether they are searched."""
 _FAMILIES = {"nf4": 0, "int4": 1, "fp4": 2, "int8": 3, "fp8": 4}
 
 
@@ -26,15 +28,15 @@ class Pen:
 
 
 def pens(formats: Sequence[str]) -> dict[str, Pen]:
-    """One for each format; double quantization is the same colour, dashed."""
+    """One for each; double quantization is the same colour, dashed, searched scales are dotted."""
     found: dict[str, Pen] = {}
     families = dict(_FAMILIES)
     for name in formats:
-        family = name.removesuffix("-dq")
+        base, _, search = name.partition("+")
+        family = base.removesuffix("-dq").partition(":")[0]
         number = families.setdefault(family, len(families))
-        found[name] = Pen(
-            colour=_COLOURS[number % len(_COLOURS)], dash="" if family == name else "6 4"
-        )
+        dash = _DASHES[family != base and ":" not in base, bool(search)]
+        found[name] = Pen(colour=_COLOURS[number % len(_COLOURS)], dash=dash)
     return found
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from oomproof.evaluation.compare import AGREES, KL, NLL
-from oomproof.evaluation.report import EvalReport, FormatResult, LayerResult, PositionResult
+from oomproof.evaluation.report import (
+    Difference,
+    EvalReport,
+    FormatResult,
+    LayerResult,
+    PositionResult,
+)
 from oomproof.evaluation.run import Found, Job
 from oomproof.evaluation.statistics import Bootstrap, position_bins
-from oomproof.formats import DType, get_format
+from oomproof.evaluation.variants import Variant
+from oomproof.formats import FORMATS, DType, get_format
 from oomproof.memory.weights import stored
 
 
@@ -40,8 +48,8 @@ def conclude(
     draws = Draws(windows.tokens, windows.scored, seed)
     layers: list[Sequence[LayerResult]] = [(), *found.layers]
     results = [
-        _result(job, name, figures, found.figures[0], layers[index], draws)
-        for index, (name, figures) in enumerate(zip(job.formats, found.figures, strict=True))
+        _result(job, variant, figures, found.figures[0], layers[index], draws)
+        for index, (variant, figures) in enumerate(zip(job.variants, found.figures, strict=True))
     ]
     return EvalReport(
         model=job.spec.id,
@@ -55,9 +63,20 @@ def conclude(
         peak_bytes=peak_bytes,
         reference=results[0],
         formats=tuple(results[1:]),
-        histogram=found.histogram.result(job.formats[1:]),
+        differences=tuple(_differences(job, found.figures, draws)),
+        histogram=found.histogram.result([one.name for one in job.variants[1:] if one.is_plain]),
         seconds=seconds,
     )
+
+
+def _differences(job: Job, figures: torch.Tensor, draws: Draws) -> Iterator[Difference]:
+    for later in range(2, len(job.variants)):
+        for earlier in range(1, later):
+            yield Difference(
+                format=job.variants[later].name,
+                other=job.variants[earlier].name,
+                kl=draws.whole.mean(figures[later, KL].double() - figures[earlier, KL]),
+            )
 
 
 class Draws:
@@ -78,16 +97,16 @@ class Draws:
         self.scored = scored
 
 
-def weight_bytes(job: Job, format_name: str) -> tuple[int, float]:
+def weight_bytes(job: Job, variant: Variant) -> tuple[int, float]:
     """(bytes of the whole model, bits of a quantized weight), as the plan counts them."""
-    weight_format, compute = get_format(format_name), job.compute_dtype
+    weight_format, compute = variant.format, job.compute_dtype
     # What float32 is only computed in takes 16 bits where the model runs.
     kept = DType.BFLOAT16 if compute is DType.FLOAT32 else compute
     if not weight_format.is_quantized:
         weight_format = get_format({DType.FLOAT16: "fp16"}.get(kept, "bf16"))
     roles = job.profile.quantized_roles
     total = bits = numel = 0
-    for tensor in job.spec.tensors:
+    for tensor in variant.tensors(job.spec):
         held = stored(tensor, weight_format, kept, roles)
         total += held.stored_bytes
         if tensor.role in roles and len(tensor.shape) == 2:
@@ -96,20 +115,33 @@ def weight_bytes(job: Job, format_name: str) -> tuple[int, float]:
     return total, bits / numel
 
 
+def tensors_by_format(job: Job, variant: Variant) -> dict[str, int]:
+    """Format → linears that are held in it, of a mixture; nothing of any other."""
+    if variant.format.by_tensor is None:
+        return {}
+    counts = Counter(
+        variant.format.for_tensor(tensor.name).name
+        for tensor in job.spec.tensors
+        if tensor.role in job.profile.quantized_roles and len(tensor.shape) == 2
+    )
+    return dict(sorted(counts.items(), key=lambda one: FORMATS[one[0]].bits_per_weight))
+
+
 def _result(
     job: Job,
-    name: str,
+    variant: Variant,
     figures: torch.Tensor,
     reference: torch.Tensor,
     layers: Sequence[LayerResult],
     draws: Draws,
 ) -> FormatResult:
-    size, bits = weight_bytes(job, name)
+    size, bits = weight_bytes(job, variant)
     nll = draws.whole.mean(figures[NLL])
     # Mean nats of a token → bits of a byte.
     per_byte = job.windows.tokens / job.windows.text_bytes / math.log(2)
     return FormatResult(
-        format=name,
+        format=variant.name,
+        tensors=tensors_by_format(job, variant),
         bits_per_weight=bits,
         weight_bytes=size,
         perplexity=nll.exponential(),

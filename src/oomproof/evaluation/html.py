@@ -46,6 +46,7 @@ def report_html(report: EvalReport) -> str:
         f"<h1>{escape(report.model)}: what formats cost</h1>",
         f"<p class='soft'>{escape(describe(report))}</p>",
         *_table(report, drawn),
+        *(f"<p class='soft'>{escape(line)}</p>" for line in describe_mixtures(report)),
         *(part for section in _sections(report, drawn) for part in section),
         "</body></html>",
     ]
@@ -60,6 +61,16 @@ def describe(report: EvalReport) -> str:
         f"{report.context:,}, computed in {report.compute_dtype} on {report.device}; intervals are "
         f"{METHOD}"
     )
+
+
+def describe_mixtures(report: EvalReport) -> list[str]:
+    """What each mixture holds, a line each."""
+    return [
+        f"{one.format}: {sum(one.tensors.values())} linears, "
+        + ", ".join(f"{count} in {name}" for name, count in one.tensors.items())
+        for one in report.formats
+        if one.tensors
+    ]
 
 
 def describe_levels(report: EvalReport) -> list[str]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from math import gcd
 
 from oomproof.errors import PlanDoesNotFitError
-from oomproof.formats import BLOCK_SIZE, NESTED_BLOCK_SIZE, DType, ceil_div, get_format
+from oomproof.evaluation.variants import Variant
+from oomproof.formats import BLOCK_SIZE, FORMATS, NESTED_BLOCK_SIZE, DType, ceil_div
 from oomproof.hardware.spec import DeviceSpec, Hardware
 from oomproof.memory.arena import ALIGNMENT_BYTES
 from oomproof.memory.model import unit_of
@@ -67,17 +68,22 @@ class Room:
     """On the device; on a processor of all host memory."""
 
 
-def unit_tensors(spec: ModelSpec) -> list[list[TensorSpec]]:
-    """The model's tensors: embedding, each layer, norm and head. A tied head is the embedding's."""
+def unit_tensors(spec: ModelSpec, variant: Variant | None = None) -> list[list[TensorSpec]]:
+    """The model's tensors: embedding, each layer, norm and head. A tied head is the embedding's.
+
+    Args:
+        spec: The model.
+        variant: Whose tensors they are, where it is read from elsewhere.
+    """
     units: list[list[TensorSpec]] = [[] for _ in range(spec.num_hidden_layers + 2)]
-    for tensor in spec.tensors:
+    for tensor in spec.tensors if variant is None else variant.tensors(spec):
         units[unit_of(tensor, spec)].append(tensor)
     return units
 
 
 def needs_of(
     spec: ModelSpec,
-    formats: Sequence[str],
+    formats: Sequence[Variant],
     *,
     context: int,
     compute_dtype: DType,
@@ -115,10 +121,11 @@ def needs_of(
     on_device = {
         "cuda_context": profile.context_bytes,
         "source": max(source_bytes(spec, unit) for unit in units),
-        "weights": max(
-            block_bytes(unit, name, compute_dtype, profile) for unit in units for name in formats
+        "weights": block_bytes(spec, formats, compute_dtype, profile),
+        "stored": sum(
+            stored_bytes(spec, one, compute_dtype, profile) for one in formats if one.stored
         ),
-        "absmax": max(absmax_numel(unit) for unit in units) * DType.FLOAT32.itemsize,
+        "absmax": absmax_numel(spec, formats, profile) * DType.FLOAT32.itemsize,
         "quantizing": int(max(profile.scratch_bytes_4bit, _COMPARED_BYTES) * widest_slice(spec)),
         "kv_cache": cache,
         "workspace": step_layout(spec, shape).size_bytes + context * spec.hidden_size * compute * 2,
@@ -148,22 +155,54 @@ def source_bytes(spec: ModelSpec, tensors: Sequence[TensorSpec]) -> int:
     )
 
 
-def block_bytes(
-    tensors: Sequence[TensorSpec], format_name: str, compute_dtype: DType, profile: EngineProfile
+def unit_bytes(
+    tensors: Sequence[TensorSpec], variant: Variant, compute_dtype: DType, profile: EngineProfile
 ) -> int:
-    """What a unit takes in a format."""
-    weight_format = get_format(format_name)
+    """What a unit takes as one of the variants."""
     return sum(
-        stored(tensor, weight_format, compute_dtype, profile.quantized_roles).allocated_bytes(
+        stored(tensor, variant.format, compute_dtype, profile.quantized_roles).allocated_bytes(
             ALIGNMENT_BYTES
         )
         for tensor in tensors
     )
 
 
-def absmax_numel(tensors: Sequence[TensorSpec]) -> int:
-    """float32 elements that quantizing the largest of a unit's linears needs."""
-    return max((ceil_div(t.numel, 64) for t in tensors if len(t.shape) == 2), default=0)
+def block_bytes(
+    spec: ModelSpec, variants: Sequence[Variant], compute_dtype: DType, profile: EngineProfile
+) -> int:
+    """What the largest unit takes as any of the variants that are quantized here."""
+    return max(
+        unit_bytes(unit, variant, compute_dtype, profile)
+        for unit in unit_tensors(spec)
+        for variant in variants
+        if variant.stored is None
+    )
+
+
+def stored_bytes(
+    spec: ModelSpec, variant: Variant, compute_dtype: DType, profile: EngineProfile
+) -> int:
+    """What a checkpoint in 4 bits takes: its largest unit, and at the end its norm and head."""
+    units = unit_tensors(spec, variant)
+    return max(unit_bytes(unit, variant, compute_dtype, profile) for unit in units)
+
+
+def absmax_numel(spec: ModelSpec, variants: Sequence[Variant], profile: EngineProfile) -> int:
+    """float32 elements that quantizing the largest linear needs."""
+    linears = [t for t in spec.tensors if t.role in profile.quantized_roles and len(t.shape) == 2]
+    formats = {
+        tensor.name: {one.format.for_tensor(tensor.name).name for one in variants if not one.stored}
+        for tensor in linears
+    }
+    return max(
+        (
+            ceil_div(tensor.numel, FORMATS[name].block_size)
+            for tensor in linears
+            for name in formats[tensor.name]
+            if FORMATS[name].double_quantized
+        ),
+        default=0,
+    )
 
 
 def slice_rows(columns: int) -> int:

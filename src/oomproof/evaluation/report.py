@@ -41,6 +41,9 @@ class FormatResult:
     """A format on this model and text."""
 
     format: str
+    """As it was asked for: "nf4", "nf4-dq+search", "fit:40MiB"; of a folder its name."""
+    tensors: Mapping[str, int]
+    """Format → linears that are held in it, of a mixture; nothing of any other."""
     bits_per_weight: float
     """Stored bits of a quantized weight, scales included, as the plan counts them."""
     weight_bytes: int
@@ -60,6 +63,7 @@ class FormatResult:
         """For JSON."""
         return {
             "format": self.format,
+            "tensors": dict(self.tensors),
             "bits_per_weight": self.bits_per_weight,
             "weight_bytes": self.weight_bytes,
             "perplexity": self.perplexity.as_dict(),
@@ -88,6 +92,21 @@ class FormatResult:
                 for layer in self.layers
             ],
         }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """How much more one format diverges than another, token by token."""
+
+    format: str
+    other: str
+    kl: Estimate
+    """Of `format` less that of `other`, nats a token: narrower than both their intervals, for the
+    same tokens are hard for both."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"format": self.format, "other": self.other, "kl": self.kl.as_dict()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +177,8 @@ class EvalReport:
     """The 16-bit model itself."""
     formats: tuple[FormatResult, ...]
     """In the order in which they were asked for."""
+    differences: tuple[Difference, ...]
+    """Of every two formats, the one that was asked for later first."""
     histogram: Histogram
     seconds: float
 
@@ -177,6 +198,7 @@ class EvalReport:
             "intervals": METHOD,
             "reference": self.reference.as_dict(),
             "formats": [one.as_dict() for one in self.formats],
+            "differences": [one.as_dict() for one in self.differences],
             "histogram": self.histogram.as_dict(),
             "seconds": self.seconds,
         }

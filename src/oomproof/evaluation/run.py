@@ -8,7 +8,7 @@ at a time and not kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from oomproof.evaluation.decoder import WindowDecoder
 from oomproof.evaluation.levels import HistogramCounter
 from oomproof.evaluation.needs import FIGURES, LOGITS_BYTES
 from oomproof.evaluation.report import LayerResult
+from oomproof.evaluation.stored_folder import StreamedFolder
 from oomproof.evaluation.streamed import StreamedWeights
+from oomproof.evaluation.variants import Variant
 from oomproof.evaluation.windows import Windows
 from oomproof.formats import DType
 from oomproof.memory.profiles import EngineProfile
@@ -28,6 +30,8 @@ from oomproof.models.spec import ModelSpec, Role
 
 Told = Callable[[int, int], None]
 """Called with (bytes of the checkpoint done with, bytes in all)."""
+Ends = tuple[torch.Tensor, torch.Tensor]
+"""The last norm, and the head, which is the embedding where they are tied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +42,7 @@ class Job:
     forward: ForwardSpec
     folder: Path
     windows: Windows
-    formats: tuple[str, ...]
+    variants: tuple[Variant, ...]
     """The reference first."""
     compute_dtype: DType
     device: torch.device
@@ -68,8 +72,13 @@ class Walk:
     def __init__(self, job: Job, told: Told | None = None) -> None:
         self._job, self._told = job, told
         self._weights = StreamedWeights(
-            job.spec, job.folder, job.formats, job.compute_dtype, job.device, job.profile
+            job.spec, job.folder, job.variants, job.compute_dtype, job.device, job.profile
         )
+        self._folders = {
+            index: StreamedFolder(one, job.compute_dtype, job.device, job.profile)
+            for index, one in enumerate(job.variants)
+            if one.stored is not None
+        }
         self._decoder = WindowDecoder(
             job.spec,
             job.forward,
@@ -80,10 +89,10 @@ class Walk:
         dtype: torch.dtype = getattr(torch, job.compute_dtype)
         count, context = len(job.windows.inputs), job.windows.context
         place = job.device if job.states_on_device else torch.device("cpu")
-        size = (len(job.formats), count, context, job.spec.hidden_size)
+        size = (len(job.variants), count, context, job.spec.hidden_size)
         self._states = torch.empty(size, dtype=dtype, device=place)
         self._histogram = HistogramCounter(job.device)
-        self._layers: list[list[LayerResult]] = [[] for _ in job.formats[1:]]
+        self._layers: list[list[LayerResult]] = [[] for _ in job.variants[1:]]
         self._done_bytes = 0
 
     def run(self) -> Found:
@@ -109,22 +118,33 @@ class Walk:
             self._told(self._done_bytes, sum(self._weights.unit_bytes))
 
     def _embed(self) -> None:
-        job = self._job
         self._read(0)
-        table = self._weights.plain(0, Role.EMBEDDING)
+        self._embed_by(self._weights.plain(0, Role.EMBEDDING), self._states)
+        for index, folder in self._folders.items():
+            folder.read(0)
+            self._embed_by(folder.plain(Role.EMBEDDING), self._states[index : index + 1])
+        self._tell(0)
+
+    def _embed_by(self, table: torch.Tensor, states: torch.Tensor) -> None:
+        """Writes every window's embeddings to states [variants, windows, context, hidden]."""
+        job = self._job
         for number, tokens in enumerate(job.windows.inputs):
             rows = table[torch.tensor(tokens, device=job.device)]
             if job.forward.embedding_multiplier != 1:
                 rows.mul_(job.forward.embedding_multiplier)
-            self._states[:, number] = rows.to(self._states.device)
-        self._tell(0)
+            states[:, number] = rows.to(states.device)
 
     def _pass_layer(self, layer: int) -> None:
         unit = layer + 1
         self._read(unit)
         self._weights.count(unit, self._histogram)
-        for index, name in enumerate(self._job.formats):
-            weights, block = self._weights.layer(unit, name)
+        for index, variant in enumerate(self._job.variants):
+            folder = self._folders.get(index)
+            if folder is None:
+                weights, block = self._weights.layer(unit, variant)
+            else:
+                block = folder.read(unit)
+                weights = folder.layer()
             sums = torch.zeros(2, dtype=torch.float64, device=self._job.device)
             for number in range(len(self._job.windows.inputs)):
                 states = self._window(index, number)
@@ -135,7 +155,7 @@ class Walk:
                     sums[0] += (states.float() - reference).square_().sum()
                 self._keep(index, number, states)
             if index:
-                errors = self._weights.errors(block)
+                errors = self._weights.errors(block, None if folder is None else folder.memory)
                 self._layers[index - 1].append(
                     LayerResult(
                         layer=layer,
@@ -152,17 +172,17 @@ class Walk:
     def _score(self) -> torch.Tensor:
         job, windows = self._job, self._job.windows
         last = job.spec.num_hidden_layers + 1
-        norm, head = self._ends(last)
-        figures = torch.empty(len(job.formats), FIGURES, windows.tokens)
+        ends = self._ends(last)
+        figures = torch.empty(len(job.variants), FIGURES, windows.tokens)
         step = max(1, min(windows.scored, LOGITS_BYTES // (4 * job.spec.vocab_size)))
         skipped = windows.context - windows.scored
         for number, targets in enumerate(windows.targets):
             wanted = torch.tensor(targets, device=job.device)
             for first in range(0, windows.scored, step):
                 end = min(first + step, windows.scored)
-                out = torch.empty(len(job.formats), FIGURES, end - first, device=job.device)
+                out = torch.empty(len(job.variants), FIGURES, end - first, device=job.device)
                 compare(
-                    self._logits(number, skipped + first, skipped + end, norm, head),
+                    self._logits(number, skipped + first, skipped + end, ends),
                     wanted[first:end],
                     list(out),
                 )
@@ -171,22 +191,33 @@ class Walk:
         self._tell(last)
         return figures
 
-    def _ends(self, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last norm and the head, which is the embedding where they are tied."""
-        spec = self._job.spec
+    def _ends(self, last: int) -> list[Ends]:
+        """The last norm and the head of each variant."""
+        spec, weights = self._job.spec, self._weights
         self._read(last)
-        norm = self._weights.plain(last, Role.NORM)
-        if not spec.tie_word_embeddings:
-            return norm, self._weights.plain(last, Role.HEAD)
-        norm = norm.clone()
-        self._read(0)
-        return norm, self._weights.plain(0, Role.EMBEDDING)
+        norm = weights.plain(last, Role.NORM)
+        if spec.tie_word_embeddings:
+            norm = norm.clone()
+            self._read(0)
+            own = norm, weights.plain(0, Role.EMBEDDING)
+        else:
+            own = norm, weights.plain(last, Role.HEAD)
+        found = [own] * len(self._job.variants)
+        for index, folder in self._folders.items():
+            folder.read(last)
+            norm = folder.plain(Role.NORM)
+            if spec.tie_word_embeddings:
+                norm = norm.clone()
+                folder.read(0)
+            head = Role.EMBEDDING if spec.tie_word_embeddings else Role.HEAD
+            found[index] = norm, folder.plain(head)
+        return found
 
     def _logits(
-        self, number: int, first: int, end: int, norm: torch.Tensor, head: torch.Tensor
+        self, number: int, first: int, end: int, ends: Sequence[Ends]
     ) -> Iterator[torch.Tensor]:
         divisor = self._job.forward.logits_divisor
-        for index in range(len(self._job.formats)):
+        for index, (norm, head) in enumerate(ends):
             states = self._states[index, number, first:end].to(self._job.device)
             logits = torch.mm(self._decoder.normalised(states, norm), head.t()).float()
             yield logits if divisor == 1 else logits.div_(divisor)

@@ -18,7 +18,8 @@ from oomproof.evaluation.needs import (
     source_bytes,
     unit_tensors,
 )
-from oomproof.formats import DType, get_format
+from oomproof.evaluation.variants import Variant
+from oomproof.formats import DType
 from oomproof.loading.pipeline import load_checkpoint
 from oomproof.loading.targets import Target
 from oomproof.memory.arena import ALIGNMENT_BYTES
@@ -35,7 +36,7 @@ class StreamedWeights:
     Args:
         spec: The model, with the headers of its checkpoint.
         folder: Where its files are.
-        formats: All that will be asked for.
+        variants: All that will be asked for.
         compute_dtype: Of what is not quantized.
         device: Where everything is.
         profile: Of the native engine there.
@@ -45,7 +46,7 @@ class StreamedWeights:
         self,
         spec: ModelSpec,
         folder: Path,
-        formats: Sequence[str],
+        variants: Sequence[Variant],
         compute_dtype: DType,
         device: torch.device,
         profile: EngineProfile,
@@ -58,14 +59,10 @@ class StreamedWeights:
         self._compute_dtype = compute_dtype
         self._units = unit_tensors(spec)
         sizes = [source_bytes(spec, unit) for unit in self._units]
-        blocks = [
-            block_bytes(unit, name, compute_dtype, profile)
-            for unit in self._units
-            for name in formats
-        ]
-        absmax = max(absmax_numel(unit) for unit in self._units)
         self._source_memory = torch.empty(max(sizes), dtype=torch.uint8, device=device)
-        self._memory = torch.empty(max(blocks), dtype=torch.uint8, device=device)
+        block = block_bytes(spec, variants, compute_dtype, profile)
+        self._memory = torch.empty(block, dtype=torch.uint8, device=device)
+        absmax = absmax_numel(spec, variants, profile)
         self._workspace = torch.empty(absmax, dtype=torch.float32, device=device)
         self._sources: dict[str, torch.Tensor] = {}
         self._device = device
@@ -123,25 +120,29 @@ class StreamedWeights:
             begin += round_up(size, ALIGNMENT_BYTES)
         raise AssertionError("unreachable")
 
-    def layer(self, unit: int, format_name: str) -> tuple[LayerWeights, Block]:
-        """The layer that was read, in a format, in place of the last one."""
-        weight_format = get_format(format_name)
+    def layer(self, unit: int, variant: Variant) -> tuple[LayerWeights, Block]:
+        """The layer that was read, as a variant, in place of the last one."""
         held = [
-            (tensor, stored(tensor, weight_format, self._compute_dtype, self._roles))
+            (tensor, stored(tensor, variant.format, self._compute_dtype, self._roles))
             for tensor in self._units[unit]
         ]
-        block = lay_out_block(held, format_name)
+        block = lay_out_block(held, variant.format.name)
         for placed in block.placed:
-            self._fill(Parameter(placed, self._memory))
+            self._fill(Parameter(placed, self._memory), search=variant.search)
         return LayerWeights(block, self._memory), block
+
+    def tensors(self, unit: int, variant: Variant) -> dict[str, torch.Tensor]:
+        """Name in its layer → parameter, of a variant that quantizes nothing."""
+        _, block = self.layer(unit, variant)
+        return {name_in_layer(p.spec): Parameter(p, self._memory).tensor for p in block.placed}
 
     @property
     def _roles(self) -> frozenset[Role]:
         return self._profile.quantized_roles
 
-    def _fill(self, parameter: Parameter) -> None:
+    def _fill(self, parameter: Parameter, *, search: bool) -> None:
         source = self._sources[parameter.placed.spec.name]
-        target = parameter.target(self._workspace)
+        target = parameter.target(self._workspace, search=search)
         if target.place is not None:
             target.place.copy_(source)
             return
@@ -150,13 +151,20 @@ class StreamedWeights:
         if target.finish is not None:
             target.finish()
 
-    def errors(self, block: Block) -> Mapping[str, tuple[float, float]]:
-        """Linear → (squared error, squared weights) of the layer as it was filled last."""
+    def errors(
+        self, block: Block, memory: torch.Tensor | None = None
+    ) -> Mapping[str, tuple[float, float]]:
+        """Linear → (squared error, squared weights) of the layer as it was filled last.
+
+        Args:
+            block: The layer's.
+            memory: Where it is, if not here.
+        """
         found: dict[str, torch.Tensor] = {}
         for placed in block.placed:
             if not placed.held.quantized:
                 continue
-            parameter = Parameter(placed, self._memory)
+            parameter = Parameter(placed, self._memory if memory is None else memory)
             shape = placed.matrix_shape
             sums = torch.zeros(2, dtype=torch.float64, device=self._device)
             for first, end, source in self._linear_slices(placed.spec):

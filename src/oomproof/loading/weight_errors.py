@@ -24,7 +24,7 @@ from oomproof.quantization.handlers import handler
 
 SAMPLED_ROWS = 16
 """Of each weight."""
-_VERSION = 1
+_VERSION = 2
 """Of what is kept; it changes when quantizing does."""
 
 
@@ -44,11 +44,12 @@ def measured_errors(
     checkpoint = spec.checkpoint
     if checkpoint is None:
         raise CheckpointError(str(folder), "holds no safetensors files")
-    kept = home_folder(environ) / "weight-errors" / f"{_key(folder, spec, checkpoint)}.json"
-    found = _read(kept)
+    what = (_VERSION, SAMPLED_ROWS, FIT_FORMATS)
+    kept = home_folder(environ) / "weight-errors" / f"{key_of(folder, spec, checkpoint, what)}.json"
+    found = read_kept(kept)
     if found is None:
         found = _measure(folder, spec, checkpoint)
-        _write(kept, found)
+        write_kept(kept, found)
     return WeightErrors(of_tensors=found, source=f"measured on {SAMPLED_ROWS} rows of each weight")
 
 
@@ -103,16 +104,18 @@ def _sample(folder: Path, tensor: CheckpointTensor) -> torch.Tensor:
     return torch.frombuffer(found, dtype=dtype).view(count, columns)
 
 
-def _key(folder: Path, spec: ModelSpec, checkpoint: CheckpointSpec) -> str:
-    """Of the files as they are now."""
+def key_of(
+    folder: Path, spec: ModelSpec, checkpoint: CheckpointSpec, what: Sequence[object]
+) -> str:
+    """Of the files as they are now, and of what was measured."""
     files: Sequence[tuple[str, int, int]] = [
         (name, size, (folder / name).stat().st_mtime_ns) for name, size in checkpoint.files
     ]
-    what = (_VERSION, SAMPLED_ROWS, FIT_FORMATS, spec.fingerprint, str(folder.resolve()), files)
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    whole = (*what, spec.fingerprint, str(folder.resolve()), files)
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:32]
 
 
-def _read(path: Path) -> dict[str, dict[str, float]] | None:
+def read_kept(path: Path) -> dict[str, dict[str, float]] | None:
     """What was kept; None where nothing was, or something else."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -123,7 +126,8 @@ def _read(path: Path) -> dict[str, dict[str, float]] | None:
         return None
 
 
-def _write(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
+def write_kept(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Keeps what was measured, whole or not at all."""
     # What cannot be kept is measured again the next time.
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

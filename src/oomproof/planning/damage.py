@@ -8,7 +8,7 @@ size, so small projections are worth more bits a weight than large ones. The fac
 are below 1 as measured by quantizing one projection at a time (the bundled model, divergence over
 relative error: qkv 0.57, o 0.58, gate and up 0.39, down 0.18 on average over its layers, with no
 trend along the depth), halfway towards 1, for other models differ. A calibration text gives better
-ones, which `WeightErrors.sensitivities` takes.
+ones (evaluation/calibrate.py), which `WeightErrors.sensitivities` takes: nats a token then.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class WeightErrors:
     here."""
     source: str = "those of normally distributed weights"
     """Where they come from, for people."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether sensitivities were measured."""
+        return bool(self.sensitivities)
 
     def relative(self, tensor: TensorSpec, format_name: str) -> float:
         """Squared error of a tensor in a format over its squared norm; 0 in 16 bits."""

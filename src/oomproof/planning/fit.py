@@ -80,6 +80,30 @@ def choose(items: Sequence[Item], budget_bytes: int) -> Fit | None:
     return replace(best, bound=bound)
 
 
+def no_worse_than_uniform(items: Sequence[Item], budget_bytes: int) -> list[Item]:
+    """Items without the choices that do more damage than the best format that all could have.
+
+    What is chosen of them does no more damage to any item than that format does, whatever an item's
+    damage counts: where sensitivities are guessed, a mixture is no worse than one format for all.
+
+    Args:
+        items: What gets a format.
+        budget_bytes: For all of them together.
+    """
+    by_format = [{choice.format: choice for choice in item.choices} for item in items]
+    shared = set.intersection(*(set(one) for one in by_format)) if by_format else set()
+    fitting = [
+        name for name in shared if sum(one[name].size_bytes for one in by_format) <= budget_bytes
+    ]
+    if not fitting:
+        return list(items)
+    best = min(fitting, key=lambda name: (sum(one[name].damage for one in by_format), name))
+    return [
+        replace(item, choices=tuple(c for c in item.choices if c.damage <= own[best].damage))
+        for item, own in zip(items, by_format, strict=True)
+    ]
+
+
 def _choose(items: Sequence[Item], budget_bytes: int) -> Fit | None:
     hulls = [_hull(item.choices) for item in items]
     places = [0] * len(items)

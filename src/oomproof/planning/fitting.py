@@ -26,7 +26,7 @@ from oomproof.planning.damage import (
     groups_of,
     item_of,
 )
-from oomproof.planning.fit import Choice, Item, choose
+from oomproof.planning.fit import Choice, Fit, Item, choose, no_worse_than_uniform
 from oomproof.planning.placement import Slot
 from oomproof.units import format_bytes
 
@@ -133,6 +133,11 @@ class Fitter:
             if tensors[0].layer is not None and first <= tensors[0].layer + 1 < end
         ]
 
+    def _choose(self, items: Sequence[Item], budget_bytes: int) -> Fit | None:
+        if self._errors.is_calibrated:
+            return choose(items, budget_bytes)
+        return choose(no_worse_than_uniform(items, budget_bytes), budget_bytes)
+
     def _mixture(self, chosen: Mapping[str, Choice], model: MemoryModel) -> Format:
         return mixture(
             {
@@ -151,7 +156,7 @@ class Fitter:
         best, low, high = base, least, most
         for step in range(_HALVINGS):
             budget = high if step == 0 else (low + high) // 2
-            fit = choose(items, budget)
+            fit = self._choose(items, budget)
             assert fit is not None
             found = self._place(self._mixture(_by_name(items, fit.chosen), model), None)
             if found.fits:
@@ -193,7 +198,7 @@ class Fitter:
                 break
             budgets, chosen = following, {}
             for index, of_device in items.items():
-                fit = choose(of_device, budgets[index])
+                fit = self._choose(of_device, budgets[index])
                 chosen |= (
                     {item.name: smallest[item.name] for item in of_device}
                     if fit is None

@@ -136,7 +136,8 @@ def _search_blocks(
     else:
         code = _code_nf4(scaled, THRESHOLDS)
         level = _level_of_16(scaled, 0, THRESHOLDS, LEVELS)
-    score, ratio = _better(x, level, tl.zeros((BLOCKS,), tl.float32), one)
+    score, _ = _better(x, level, tl.zeros((BLOCKS,), tl.float32), one)
+    ratio = _same_norm(x, level)
     scale = tl.where(usable & (score > 0), peak * ratio, scale)
     tl.store(scales + block, scale, mask=block * SIZE < numel)
     high, low = tl.split(tl.reshape(code, (BLOCKS, SIZE // 2, 2)))
@@ -187,6 +188,13 @@ def _better(x, level, best, ratio):
     score = tl.div_rn(both * both, own)
     is_better = score > best
     return tl.where(is_better, score, best), tl.where(is_better, tl.div_rn(both, own), ratio)
+
+
+@triton.jit
+def _same_norm(x, level):
+    own = tl.sum(level * level, axis=1).to(tl.float32)
+    own = tl.maximum(own, tl.full(own.shape, 1.0, tl.float32))
+    return tl.sqrt_rn(tl.div_rn(tl.sum(x * x, axis=1).to(tl.float32), own))
 
 
 @triton.jit
