@@ -68,7 +68,7 @@ def load_engine(
         raise CheckpointError(str(folder), "holds no safetensors files")
     tied_head = {_HEAD} if spec.tie_word_embeddings else set()
     if spec.tie_word_embeddings:
-        _refuse_another_head(folder, checkpoint)
+        refuse_another_head(folder, checkpoint)
 
     def fill(targets: Sequence[Target]) -> LoadReport:
         if on_reading is not None:
@@ -116,8 +116,12 @@ def load_random_engine(
     )
 
 
-def _refuse_another_head(folder: Path, checkpoint: CheckpointSpec) -> None:
-    """Tied models may carry the head too, where it is the embedding once more."""
+def refuse_another_head(folder: Path, checkpoint: CheckpointSpec) -> None:
+    """Tied models may carry the head too, where it is the embedding once more.
+
+    Raises:
+        CheckpointError: It is another.
+    """
     by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
     head = by_name.get(_HEAD)
     embedding = next(

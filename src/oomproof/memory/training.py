@@ -1,0 +1,188 @@
+"""What training LoRA adapters on frozen weights takes on a device, term by term."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from math import prod
+
+from oomproof.errors import InputError, PlanDoesNotFitError
+from oomproof.formats import get_format
+from oomproof.memory.arena import lay_out
+from oomproof.memory.training_buffers import (
+    ALLOCATION_BYTES,
+    allocated,
+    static_buffers,
+    workspace_bytes,
+)
+from oomproof.memory.training_shape import Kept, TrainingShape, adapter_numel, adapter_shapes
+from oomproof.memory.weights import stored
+from oomproof.models.spec import ModelSpec, Role
+from oomproof.units import MIB, format_bytes
+
+_ROUNDING_BYTES = MIB
+"""What torch's allocator may add to a large block rather than split it."""
+_LARGE_ALLOCATIONS = 10
+_CUBLAS_BYTES = 2 * 32 * MIB
+"""torch's workspaces for it on Hopper, 8 MiB each elsewhere: one for the thread that calls forward,
+one for autograd's."""
+_BATCH_BYTES = 64
+"""Token ids, labels, positions and rows of a token, each in 64 bits, and what they are made of."""
+KEPT_IN_ORDER = ("attention", "mid", "qkv", "gate_up")
+"""Time spared by a byte is about the same for all of them; the cheapest go first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingTerms:
+    """Bytes of a step's peak, by what they are for, as torch's allocator counts them."""
+
+    weights: int
+    adapters: int
+    """Their float32 parameters."""
+    gradients: int
+    optimizer: int
+    checkpoints: int
+    kept: int
+    """Activations that the backward pass need not compute again."""
+    scratch: int
+    """Dequantized weights."""
+    buffers: int
+    """Others that stay: a gradient of hidden states, rotary positions, inputs times A."""
+    workspace: int
+    """The largest phase of a layer, or the logits, with what attention allocates."""
+    batch: int
+    libraries: int
+    rounding: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of them: torch.cuda.max_memory_allocated stays below."""
+        return sum(asdict(self).values())
+
+
+_8BIT_STATE = 2.0 + 8 / 256
+"""A byte a number and moment, and a float32 absmax for 256 of them."""
+OPTIMIZER_STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw-8bit": _8BIT_STATE,
+    "adamw-paged": _8BIT_STATE,
+    "none": 0.0,
+}
+"""Optimizer → bytes of its state for each trained number."""
+_LEAST_PAGED = 100_000
+"""Numbers of a matrix whose state bitsandbytes' paged optimizers keep in managed memory."""
+_LEAST_8BIT = 4096
+"""Numbers of one whose state is in 8 bits at all."""
+
+
+def training_memory(
+    spec: ModelSpec, shape: TrainingShape, *, optimizer: str = "adamw"
+) -> TrainingTerms:
+    """The terms of a step's peak.
+
+    Args:
+        spec: A model that the native engine computes.
+        shape: Of a step.
+        optimizer: A key of OPTIMIZER_STATE_BYTES.
+
+    Raises:
+        InputError: Another optimizer.
+    """
+    if optimizer not in OPTIMIZER_STATE_BYTES:
+        raise InputError(
+            f"optimizer {optimizer!r} is not known",
+            remedy=f"use one of {', '.join(OPTIMIZER_STATE_BYTES)}",
+        )
+    trained = spec.num_hidden_layers * adapter_numel(spec, shape.rank, shape.targets)
+    static = {buffer.name: buffer.size_bytes for buffer in static_buffers(spec, shape)}
+    kept = sum(size for name, size in static.items() if name.startswith("kept."))
+    named = static["checkpoints"] + static["scratch"] + kept
+    return TrainingTerms(
+        weights=weights_bytes(spec, shape),
+        adapters=allocated(4 * trained),
+        gradients=allocated(4 * trained),
+        optimizer=_optimizer_bytes(spec, shape, optimizer),
+        checkpoints=static["checkpoints"],
+        kept=kept,
+        scratch=static["scratch"],
+        buffers=lay_out(static_buffers(spec, shape)).size_bytes - named,
+        workspace=workspace_bytes(spec, shape),
+        batch=shape.tokens * _BATCH_BYTES + 16 * ALLOCATION_BYTES,
+        libraries=_CUBLAS_BYTES,
+        rounding=_LARGE_ALLOCATIONS * _ROUNDING_BYTES,
+    )
+
+
+def _optimizer_bytes(spec: ModelSpec, shape: TrainingShape, optimizer: str) -> int:
+    """Two moments and a step count for each A and each B, each an allocation of its own."""
+    if optimizer == "none":
+        return 0
+
+    def moment(numel: int) -> float:
+        if optimizer == "adamw-paged" and numel >= _LEAST_PAGED:
+            return 0.0
+        small = optimizer != "adamw" and numel < _LEAST_8BIT
+        return numel * (4.0 if small else OPTIMIZER_STATE_BYTES[optimizer] / 2)
+
+    shapes = adapter_shapes(spec, shape.rank, shape.targets).values()
+    moments = [moment(prod(matrix)) for pair in shapes for matrix in pair]
+    # Larger ones than a MiB are cut from 20 of them, and the last cut may leave up to one unused.
+    large = sum(2 * size for size in moments if size > MIB)
+    # Each has a moment and, in 8 bits, an absmax.
+    own = 2 * sum(moments) + large / 19 + len(moments) * 5 * ALLOCATION_BYTES
+    return int(spec.num_hidden_layers * own)
+
+
+def weights_bytes(spec: ModelSpec, shape: TrainingShape) -> int:
+    """Frozen weights: linears in their format, all else in the compute dtype."""
+    weight_format, linear = get_format(shape.format), frozenset({Role.LINEAR})
+    return sum(
+        stored(tensor, weight_format, shape.compute_dtype, linear).allocated_bytes(256)
+        for tensor in spec.tensors
+    )
+
+
+def kept_within(
+    spec: ModelSpec, shape: TrainingShape, limit_bytes: int, *, optimizer: str = "adamw"
+) -> TrainingShape:
+    """The shape that keeps as many activations as fit, in KEPT_IN_ORDER.
+
+    Args:
+        spec: The model.
+        shape: Of a step; what it keeps is replaced.
+        limit_bytes: Of the peak.
+        optimizer: See training_memory.
+
+    Raises:
+        PlanDoesNotFitError: The step takes more without keeping anything.
+    """
+    found = replace(shape, kept=Kept())
+    peak = training_memory(spec, found, optimizer=optimizer).peak_bytes
+    if peak > limit_bytes:
+        raise PlanDoesNotFitError(
+            f"a step of {shape.tokens:,} tokens takes {format_bytes(peak)}, "
+            f"the limit is {format_bytes(limit_bytes)}",
+            shortfall_bytes=peak - limit_bytes,
+            remedy="train shorter sequences, or fewer at once, or a lower rank",
+        )
+    for name in KEPT_IN_ORDER:
+        low, high = 0, spec.num_hidden_layers
+        while low < high:
+            count = (low + high + 1) // 2
+            kept = replace(found.kept, **{name: count})
+            tried = replace(found, kept=kept)
+            if training_memory(spec, tried, optimizer=optimizer).peak_bytes <= limit_bytes:
+                low = count
+            else:
+                high = count - 1
+        found = replace(found, kept=replace(found.kept, **{name: low}))
+    return found
+
+
+def host_bytes(spec: ModelSpec, shape: TrainingShape) -> int:
+    """Page-locked host memory, where checkpoints wait there."""
+    if not shape.offload_checkpoints:
+        return 0
+    item = shape.compute_dtype.itemsize
+    size = spec.num_hidden_layers * shape.tokens * spec.hidden_size * item
+    # torch takes a power of two from the system.
+    return 1 << (size - 1).bit_length()

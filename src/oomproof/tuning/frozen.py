@@ -1,0 +1,310 @@
+"""The frozen model: weights in their format, as the engine lays them out, and their loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from oomproof.engine.native.layout import Block, Held, lay_out_block, name_in_layer
+from oomproof.engine.native.linears import Linear, Projection, TiledLinears
+from oomproof.engine.native.load import refuse_another_head
+from oomproof.engine.native.stored import StoredWeights
+from oomproof.engine.native.weights import Parameter, projection
+from oomproof.errors import CheckpointError, NotRunnableError
+from oomproof.formats import DType, get_format
+from oomproof.loading.pipeline import load_checkpoint, load_random
+from oomproof.loading.targets import LoadProgress, LoadReport, Target, is_computed_buffer
+from oomproof.memory.model import unit_of
+from oomproof.memory.training_buffers import SLICE_ROWS
+from oomproof.memory.training_shape import PROJECTIONS
+from oomproof.memory.weights import stored
+from oomproof.models.spec import ModelSpec, Role
+from oomproof.quantization.handlers import Int4, Plain, Table4bit, handler
+from oomproof.quantization.tiled import TiledSet
+
+_HEAD = "lm_head.weight"
+
+
+class FrozenWeight:
+    """The weights of a projection, which become 16 bits when they are multiplied.
+
+    Args:
+        product: Where they lie.
+        columns: Of all of them.
+        dtype: That they are computed in.
+    """
+
+    def __init__(self, product: Projection, columns: int, dtype: torch.dtype) -> None:
+        self._product = product
+        self.columns = columns
+        self.rows = sum(part.rows for part in product.products)
+        self.plain = _plain(product, dtype)
+        """(first row, end, those rows), where all are in the compute dtype already; else none."""
+        self._bias_of: list[tuple[int, int, torch.Tensor]] = []
+        begin = 0
+        for part in product.products:
+            if isinstance(part, TiledLinears):
+                self._bias_of += [(begin + a, begin + b, bias) for a, b, bias in part.biases]
+            elif isinstance(part, Linear) and part.bias is not None:
+                self._bias_of.append((begin, begin + part.rows, part.bias))
+            begin += part.rows
+
+    def add_biases(self, out: torch.Tensor, multiplier: float) -> None:
+        """Adds the biases that there are to a product [tokens, rows]."""
+        for first, end, bias in self._bias_of:
+            out[:, first:end].add_(bias, alpha=multiplier)
+
+    def write(self, first: int, end: int, into: torch.Tensor) -> None:
+        """Rows first … end - 1 to [end - first, columns], contiguous."""
+        begin = 0
+        for part in self._product.products:
+            inner, outer = max(first, begin), min(end, begin + part.rows)
+            if inner < outer:
+                rows = into[inner - first : outer - first]
+                if isinstance(part, TiledLinears):
+                    _write_tiles(part.weights, inner - begin, outer - begin, rows)
+                else:
+                    assert isinstance(part, Linear)
+                    _write_linear(part, inner - begin, outer - begin, rows)
+            begin += part.rows
+
+
+def _plain(product: Projection, dtype: torch.dtype) -> list[tuple[int, int, torch.Tensor]]:
+    found: list[tuple[int, int, torch.Tensor]] = []
+    first = 0
+    for part in product.products:
+        if not isinstance(part, Linear) or not isinstance(part.handler, Plain):
+            return []
+        weight = part.parts["weight"].view(part.shape)
+        if weight.dtype is not dtype:
+            return []
+        found.append((first, first + part.rows, weight))
+        first += part.rows
+    return found
+
+
+def _write_tiles(weights: TiledSet, first: int, end: int, into: torch.Tensor) -> None:
+    from oomproof.quantization.dequantize_cuda import dequantize_tiles, supports_rows
+    from oomproof.quantization.tiles_triton import dequantize_tiled
+
+    with torch.cuda.device(into.device):
+        for segment, a, b, place in weights.pieces(first, end):
+            part = into[place : place + b - a]
+            write = dequantize_tiles if supports_rows(part, a) else dequantize_tiled
+            write(weights, segment, a, part)
+
+
+def _write_linear(linear: Linear, first: int, end: int, into: torch.Tensor) -> None:
+    held_as, parts = linear.handler, linear.parts
+    if not into.is_cuda or isinstance(held_as, Plain):
+        into.copy_(held_as.decode(parts, linear.shape, into.dtype)[first:end])
+        return
+    from oomproof.quantization.dequantize_triton import FourBits, dequantize_4bit
+
+    nested = None
+    if "nested_absmax" in parts:
+        offset = parts["nested_offset"].view(())
+        nested = (parts["nested_absmax"], parts["nested_quant_map"], offset)
+    weight = FourBits(
+        codes=parts["weight"].view(-1),
+        scales=parts["scale" if "scale" in parts else "absmax"],
+        table=parts.get("quant_map"),
+        nested=nested,
+        block_size=held_as.block_size if isinstance(held_as, Table4bit) else 64,
+    )
+    with torch.cuda.device(into.device):
+        dequantize_4bit(weight, first, into)
+
+
+class Scratch:
+    """Where weights become 16 bits, and stay until the next of them do.
+
+    Args:
+        memory: uint8, contiguous.
+        dtype: That they are computed in.
+    """
+
+    def __init__(self, memory: torch.Tensor, dtype: torch.dtype) -> None:
+        self._memory = memory.view(dtype) if memory.numel() else memory.new_empty(0, dtype=dtype)
+        self._holds: FrozenWeight | None = None
+
+    def slices(self, weight: FrozenWeight) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first row, end, those rows) one after the other; each is lost with the next."""
+        if weight.plain:
+            yield from weight.plain
+            return
+        fit = self._memory.numel() // weight.columns
+        if fit >= weight.rows:
+            whole = self._memory[: weight.rows * weight.columns].view(weight.rows, weight.columns)
+            if self._holds is not weight:
+                weight.write(0, weight.rows, whole)
+                self._holds = weight
+            yield 0, weight.rows, whole
+            return
+        self._holds = None
+        step = fit // SLICE_ROWS * SLICE_ROWS
+        for first in range(0, weight.rows, step):
+            end = min(first + step, weight.rows)
+            part = self._memory[: (end - first) * weight.columns].view(-1, weight.columns)
+            weight.write(first, end, part)
+            yield first, end, part
+
+
+class FrozenLayer:
+    """The weights of one decoder layer."""
+
+    __slots__ = ("input_norm", "k_norm", "post_norm", "projections", "q_norm")
+
+    def __init__(self, block: Block, memory: torch.Tensor, dtype: torch.dtype) -> None:
+        found = {name_in_layer(placed.spec): Parameter(placed, memory) for placed in block.placed}
+
+        def norm(name: str) -> torch.Tensor | None:
+            return found[name].tensor if name in found else None
+
+        self.projections = {
+            kind: FrozenWeight(
+                projection(
+                    [found[f"{name}.weight"] for name in names],
+                    [found.get(f"{name}.bias") for name in names],
+                ),
+                found[f"{names[0]}.weight"].shape[1],
+                dtype,
+            )
+            for kind, names in PROJECTIONS.items()
+        }
+        self.input_norm = found["input_layernorm.weight"].tensor
+        self.post_norm = found["post_attention_layernorm.weight"].tensor
+        self.q_norm = norm("self_attn.q_norm.weight")
+        self.k_norm = norm("self_attn.k_norm.weight")
+
+
+class FrozenModel:
+    """All weights of a model on one device, in one allocation.
+
+    Args:
+        spec: The model.
+        format_name: Of its linears.
+        dtype: Of all else.
+        device: Where it lives.
+
+    Raises:
+        NotRunnableError: The decoder is none that is trained here, or the format.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, format_name: str, dtype: DType, device: torch.device
+    ) -> None:
+        check_trainable(spec, format_name)
+        self._spec = spec
+        weight_format, roles = get_format(format_name), frozenset({Role.LINEAR})
+        units: list[list[Held]] = [[] for _ in range(spec.num_hidden_layers + 2)]
+        for tensor in spec.tensors:
+            held = stored(tensor, weight_format, dtype, roles)
+            units[unit_of(tensor, spec)].append((tensor, held))
+        tiled = device.type == "cuda"
+        blocks = [lay_out_block(unit, format_name, tiled=tiled) for unit in units]
+        self.memory = torch.empty(
+            sum(block.size_bytes for block in blocks), dtype=torch.uint8, device=device
+        )
+        places, first = [], 0
+        for block in blocks:
+            places.append(self.memory[first : first + block.size_bytes])
+            first += block.size_bytes
+        self._parameters = [
+            Parameter(placed, place)
+            for block, place in zip(blocks, places, strict=True)
+            for placed in block.placed
+        ]
+        compute: torch.dtype = getattr(torch, dtype.value)
+        self.layers = [
+            FrozenLayer(block, place, compute)
+            for block, place in zip(blocks[1:-1], places[1:-1], strict=True)
+        ]
+        ends = {
+            parameter.placed.spec.role: parameter.tensor
+            for parameter in self._parameters
+            if parameter.placed.spec.layer is None
+        }
+        self.embedding = ends[Role.EMBEDDING]
+        self.final_norm = ends[Role.NORM]
+        self.head = ends[Role.EMBEDDING if spec.tie_word_embeddings else Role.HEAD]
+
+    def load(
+        self, folder: Path | None, *, seed: int, progress: LoadProgress | None = None
+    ) -> LoadReport:
+        """Brings the weights of a checkpoint, or random ones where there is no folder.
+
+        Raises:
+            CheckpointError: A damaged file, or a value that is not finite.
+            LoadError: Parameters missing, unexpected or mis-shaped.
+        """
+        spec, checkpoint = self._spec, self._spec.checkpoint
+        if folder is None:
+            return self._fill(
+                lambda targets: load_random(spec, targets, progress=progress, seed=seed),
+                held=None,
+                made_up=True,
+            )
+        if checkpoint is None:
+            raise CheckpointError(str(folder), "holds no safetensors files")
+        tied = {_HEAD} if spec.tie_word_embeddings else set()
+        if tied:
+            refuse_another_head(folder, checkpoint)
+        quantized = spec.checkpoint_quantization
+        return self._fill(
+            lambda targets: load_checkpoint(
+                folder,
+                checkpoint,
+                targets,
+                progress=progress,
+                ignored=lambda name: is_computed_buffer(name) or name in tied,
+            ),
+            held=StoredWeights(folder, checkpoint, quantized) if quantized else None,
+            made_up=False,
+        )
+
+    def _fill(
+        self,
+        fill: Callable[[Sequence[Target]], LoadReport],
+        *,
+        held: StoredWeights | None,
+        made_up: bool,
+    ) -> LoadReport:
+        sizes = [parameter.placed.workspace_numel for parameter in self._parameters]
+        workspace = torch.empty(max(sizes), dtype=torch.float32, device=self.memory.device)
+        targets: list[Target] = []
+        for parameter in self._parameters:
+            if held is not None and parameter.placed.held.quantized:
+                targets += held.targets(parameter)
+            else:
+                targets.append(parameter.target(workspace, made_up=made_up))
+        return fill(targets)
+
+
+def check_trainable(spec: ModelSpec, format_name: str) -> None:
+    """Whether a model is trained here, in a format.
+
+    Raises:
+        NotRunnableError: It is not, and why.
+    """
+    problem = None
+    if spec.forward is None:
+        problem = spec.not_native or "the native engine has no decoder of this family yet"
+    elif spec.num_experts or any(tensor.role is Role.EXPERTS for tensor in spec.tensors):
+        problem = "experts are not trained here"
+    elif spec.eager_attention or any(one.is_latent for one in spec.attention):
+        problem = "its attention has no gradient here"
+    elif len({(one.num_key_value_heads, one.key_head_dim) for one in spec.attention}) > 1:
+        problem = "its layers differ in their heads"
+    if problem is not None:
+        raise NotRunnableError(
+            f"{spec.id} cannot be trained: {problem}", remedy="train it with transformers and peft"
+        )
+    for name in get_format(format_name).members:
+        if not isinstance(handler(name), Plain | Int4 | Table4bit):
+            raise NotRunnableError(
+                f"{name} weights have no gradient here",
+                remedy="use nf4-dq, nf4, fp4-dq, fp4, int4 or bf16",
+            )

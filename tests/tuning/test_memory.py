@@ -1,0 +1,117 @@
+"""What a step allocates, byte by byte and without any memory, is what memory.training says."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from oomproof.formats import DType
+from oomproof.memory.training import training_memory
+from oomproof.memory.training_buffers import PHASES, attention_grad_bytes, phase_layout
+from oomproof.memory.training_shape import Kept, TrainingShape
+from oomproof.models.architectures import build_spec
+from oomproof.models.catalog import find
+from oomproof.models.spec import ModelSource, ModelSpec
+from oomproof.tuning import adapters, core, frozen, model
+from oomproof.tuning.attention import Flash
+from oomproof.tuning.model import LoraSettings
+
+META = torch.device("meta")
+SHAPE = TrainingShape(tokens=2048, positions=2048, sequences=1, kept=Kept(attention=2))
+
+
+class Tracked(TorchDispatchMode):
+    """Counts the bytes of all storages on the meta device that are alive, as CUDA's would be."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in tree_flatten(out)[0]:
+            if isinstance(one, torch.Tensor) and one.device == META:
+                self._count(one.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self._seen.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen.FrozenWeight, "write", lambda *_: None)
+    monkeypatch.setattr(adapters.Adapters, "_initialise", lambda *_: None)
+    monkeypatch.setattr(core, "fill_rotary", lambda *_: None)
+    monkeypatch.setattr(core, "choose_attention", lambda *_, scale, **__: Flash(scale))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+def spec_of(name: str) -> ModelSpec:
+    """Two layers of a well-known model."""
+    found = find(name)
+    assert found is not None
+    config = {**found.config, "num_hidden_layers": 2}
+    source = ModelSource(kind="catalog", path=name)
+    return build_spec(config, id=name, source=source, file="config.json")
+
+
+def peak_of(spec: ModelSpec, shape: TrainingShape, lora: LoraSettings) -> int:
+    """Of two steps, weights and all."""
+    tracked = Tracked()
+    with tracked, torch.autograd.set_multithreading_enabled(False):
+        weights = frozen.FrozenModel(spec, shape.format, DType.BFLOAT16, META)
+        trained = model.training_model_on(weights, spec, lora, shape)
+        ids = torch.randint(0, 1000, (shape.tokens // shape.positions, shape.positions))
+        for _ in range(2):
+            trained(ids, ids).loss.backward()
+            trained.zero_grad()
+    return tracked.peak
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        Kept(attention=2),
+        Kept(),
+        Kept(attention=2, mid=1, qkv=2),
+        Kept(attention=2, mid=2, qkv=2, gate_up=2),
+        Kept(attention=1, mid=2, gate_up=1),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-8b"])
+@pytest.mark.parametrize(
+    ("tokens", "rank", "dropout"), [(2048, 16, 0.0), (6144, 64, 0.0), (6144, 16, 0.1)]
+)
+def test_a_step_allocates_what_was_planned(
+    kept: Kept, name: str, tokens: int, rank: int, dropout: float
+) -> None:
+    spec = spec_of(name)
+    shape = replace(SHAPE, tokens=tokens, kept=kept, rank=rank, dropout=dropout > 0, sequences=3)
+    terms = training_memory(spec, shape, optimizer="none")
+    planned = terms.peak_bytes - terms.libraries - terms.rounding
+    peak = peak_of(spec, shape, LoraSettings(rank=rank, dropout=dropout))
+    assert peak <= planned
+    # What attention sums its gradients in is allocated inside of it, and not seen here.
+    largest = max(phase_layout(spec, shape, phase).size_bytes for phase in PHASES)
+    unseen = attention_grad_bytes(spec, shape) if terms.workspace > 1.01 * largest else 0
+    assert planned - unseen < 1.01 * peak
