@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from subprocess import run
 from typing import Any
@@ -241,7 +240,7 @@ def _head(report: EvalReport) -> dict[str, Any]:
         "benchmark": "fidelity",
         "model": Path(report.model).name,
         "device": report.device,
-        "oomproof": version("oomproof"),
+        "oomproof": oomproof.__version__,
         "torch": torch.__version__,
         "text": report.text,
         "tokens": report.tokens,

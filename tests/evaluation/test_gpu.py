@@ -81,7 +81,7 @@ def test_a_folder_in_4_bits_is_the_processors_too(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
-    oomproof.quantize("tiny", folder, device="cpu")
+    oomproof.quantize("tiny", folder, device="cpu", search=False)
     options: dict[str, Any] = {"formats": ["nf4-dq", str(folder)], "context": 128, "tokens": 1024}
     gpu = oomproof.evaluate("tiny", text, **options)
     own, of_folder = gpu.formats
@@ -119,7 +119,7 @@ def test_where_the_states_wait_changes_nothing(text: Path, monkeypatch: pytest.M
 
 def test_no_more_memory_is_taken_than_was_planned(text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    oomproof.quantize("tiny", folder, device="cpu")
+    oomproof.quantize("tiny", folder, device="cpu", search=False)
     device = max(probe().devices, key=lambda one: one.free_bytes).index
     oomproof.evaluate("tiny", text, context=64, tokens=64)  # what a process takes once
     torch.cuda.reset_peak_memory_stats(device)

@@ -170,14 +170,17 @@ def test_all_kinds_of_awkward_weights_occur() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("format_name", NAMES)
 def test_on_a_gpu_awkward_weights_have_every_bit_of_bitsandbytes(format_name: str) -> None:
-    """But in blocks of zeros, where its kernels for GPUs and for processors give other codes."""
+    """But in blocks of zeros, or of what fast arithmetic takes for zeros.
+
+    There its kernels for GPUs and for processors give other codes.
+    """
     for seed, ours, expected in pairs(format_name, "cuda"):
         for name, part in ours.items():
             if name == "absmax" and format_name.endswith("-dq"):
                 both = (meaning(ours, one) for one in (part, expected[name]))
                 assert torch.equal(*both), seed
             elif name == "weight":
-                is_zero = (awkward_blocks(seed) == 0).to(part.device)
+                is_zero = (awkward_blocks(seed) < 2**-126).to(part.device)
                 codes, others = (codes_of_blocks(one) for one in (part, expected[name]))
                 assert torch.equal(codes[~is_zero], others[~is_zero]), (seed, name)
             else:
