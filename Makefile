@@ -43,9 +43,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || $(DEBIAN_VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1,<27"
 	if command -v nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/python -m pip install --quiet -e '.[run]' --group dev; \
+		$(BIN)/python -m pip install --quiet -e '.[run,tune]' --group dev; \
 	else \
-		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[run]' --group dev; \
+		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[run,tune]' --group dev; \
 	fi
 	touch $@
 

@@ -46,6 +46,7 @@ def test_only_a_plan_that_does_not_fit_exits_with_3() -> None:
     assert {error.__name__: error.exit_code for error in ALL if error.exit_code != 1} == {
         "PlanDoesNotFitError": 3,
         "LadderExhaustedError": 3,
+        "TrainingMemoryError": 3,
     }
 
 

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
         from_pretrained,
         hand_off,
         load,
+        merge,
         plan,
+        plan_tuning,
         quantize,
         rehearse,
+        tune,
     )
 
 __all__ = [
@@ -42,9 +45,12 @@ __all__ = [
     "guard",
     "hand_off",
     "load",
+    "merge",
     "plan",
+    "plan_tuning",
     "quantize",
     "rehearse",
+    "tune",
 ]
 
 _HOMES = {
@@ -58,9 +64,12 @@ _HOMES = {
     "guard": "oomproof.guarding.retry",
     "hand_off": "oomproof.session",
     "load": "oomproof.session",
+    "merge": "oomproof.session",
     "plan": "oomproof.session",
+    "plan_tuning": "oomproof.session",
     "quantize": "oomproof.session",
     "rehearse": "oomproof.session",
+    "tune": "oomproof.session",
 }
 
 

@@ -10,7 +10,8 @@ OomproofError                   exit code 1
 ├── MissingDependencyError      a package of the [run] extra is absent (carries the install line)
 ├── NotRunnableError            the plan fits, but no engine here can run it
 ├── PlanDoesNotFitError         exit code 3: the plan needs more memory than there is
-│   └── LadderExhaustedError    memory ran out, and no allowed rung of the ladder helps
+│   ├── LadderExhaustedError    memory ran out, and no allowed rung of the ladder helps
+│   └── TrainingMemoryError     memory ran out in a training step (carries batch and length)
 ├── EngineFaultError            a device failed for this process; every running request ended
 ├── KernelCompileError          NVRTC refuses one of our CUDA sources (carries its log)
 ├── CudaError                   the CUDA driver refuses a call (carries its name of the error)
@@ -162,6 +163,31 @@ class LadderExhaustedError(PlanDoesNotFitError):
             shortfall_bytes=shortfall_bytes,
             remedy=remedy,
         )
+
+
+class TrainingMemoryError(PlanDoesNotFitError):
+    """Memory ran out in a training step; checkpoints so far are whole.
+
+    Args:
+        message: What failed.
+        fault: The failure, an `oomproof.faults.fault.Fault`.
+        micro_batch: Sequences that were computed at once.
+        length: Tokens of each.
+        shortfall_bytes: What was missing, 0 where nothing says.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fault: Any,
+        micro_batch: int,
+        length: int,
+        shortfall_bytes: int = 0,
+        remedy: str | None = None,
+    ) -> None:
+        self.fault, self.micro_batch, self.length = fault, micro_batch, length
+        super().__init__(message, shortfall_bytes=shortfall_bytes, remedy=remedy)
 
 
 class EngineFaultError(OomproofError):

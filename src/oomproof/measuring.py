@@ -134,7 +134,7 @@ def bench(
         release_devices(own)
 
 
-def tune(
+def tune_kernels(
     model: Plan | str | Path,
     *,
     requests: Sequence[int] = (1, 4, 16),

@@ -6,9 +6,12 @@ load(plan or model, …)     → Model, which answers prompts
 from_pretrained(model, …)  → an ordinary transformers model, placed by a plan
 rehearse(plan or model, …) → Rehearsal: the plan at full size, with random weights
 bench(plan or model, …)    → BenchReport: its speed against the machine's limits, and a peer's
-tune(plan or model, …)     → TuningReport: the fastest launches of its products here, kept
+tune_kernels(plan or model, …) → the fastest launches of its products here, kept
 evaluate(model, text, …)   → EvalReport: what formats cost on a text, against its 16 bits
 quantize(model, out, …)    → QuantizeReport: a folder with its checkpoint in 4 bits
+plan_tuning(model, data, …) → TrainingPlan: what fine-tuning it on some data takes
+tune(model, data, out, …)  → TuningReport: a LoRA adapter, trained on its quantized weights
+merge(model, adapter, out, …) → MergeReport: a folder with both in 16 bits
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oomproof.adapting import plan_tuning, tune
 from oomproof.agreement import (
     RUN_PACKAGES,
     Progress,
@@ -31,7 +35,8 @@ from oomproof.asking import hand_off, plan
 from oomproof.errors import InputError
 from oomproof.evaluating import evaluate
 from oomproof.guarding.fallback import read_fallback
-from oomproof.measuring import bench, rehearse, tune
+from oomproof.measuring import bench, rehearse, tune_kernels
+from oomproof.merging import merge
 from oomproof.planning.plan import Plan
 from oomproof.planning.spelled import read_bytes
 from oomproof.units import format_bytes
@@ -49,11 +54,14 @@ __all__ = [
     "from_pretrained",
     "hand_off",
     "load",
+    "merge",
     "plan",
+    "plan_tuning",
     "quantize",
     "rehearse",
     "require_run_packages",
     "tune",
+    "tune_kernels",
     "verify",
 ]
 

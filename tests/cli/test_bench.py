@@ -194,7 +194,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         device = DeviceTuning(device="NVIDIA H200", file="/home/[me]/tuned.json", timings=TUNINGS)
         return TuningReport(model=model, format="nf4-dq", devices=(device,))
 
-    monkeypatch.setattr(session, "tune", tune)
+    monkeypatch.setattr(session, "tune_kernels", tune)
     return calls
 
 

@@ -255,7 +255,7 @@ def test_downloads_need_room_and_the_network() -> None:
 
 
 def test_fine_tuning_needs_its_packages_and_four_bits() -> None:
-    assert verdict(with_packages(trl=None), "fine-tuning").remedy == "pip install trl"
+    assert verdict(with_packages(peft=None), "fine-tuning").remedy == "pip install peft"
     without = replace(H200, four_bit=TrialFacts(works=False, error="x"))
     assert verdict(without, "fine-tuning").check == "tuning-4-bit"
 

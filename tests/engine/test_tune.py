@@ -148,10 +148,10 @@ def test_a_plan_without_a_choice_of_launches_is_refused(
 
 def test_tuning_on_a_processor_is_refused_before_anything_is_written(home: Path) -> None:
     with pytest.raises(NotRunnableError, match="planned for a processor: run it where such a GPU"):
-        session.tune("tiny", format="nf4", context=256)
+        session.tune_kernels("tiny", format="nf4", context=256)
     assert list(home.iterdir()) == []
     with pytest.raises(InputError, match="must be numbers from 1"):
-        session.tune("tiny", requests=[0])
+        session.tune_kernels("tiny", requests=[0])
 
 
 # --- what is measured and kept
@@ -212,7 +212,7 @@ def test_a_small_model_is_tuned_within_its_cap_and_used_when_it_is_loaded(
     device = torch.device("cuda", 0)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    report = session.tune(
+    report = session.tune_kernels(
         SMALL, requests=[2], format="nf4-dq", engine="native", context=256, cap=cap
     )
     [found] = report.devices

@@ -89,7 +89,7 @@ def bench(
                 f"--tune compares launches of our own, not with {against[:40]!r}",
                 remedy="leave --against out, or --tune",
             )
-        tuning = session.tune(model, requests=counts, told=print_tuned, **planned)
+        tuning = session.tune_kernels(model, requests=counts, told=print_tuned, **planned)
         if json:
             typer.echo(json_module.dumps(tuning.as_dict(), indent=2))
         else:

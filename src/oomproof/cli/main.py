@@ -17,11 +17,13 @@ from oomproof.cli.chat import chat
 from oomproof.cli.doctor import doctor
 from oomproof.cli.eval import evaluate
 from oomproof.cli.explain import explain
+from oomproof.cli.merge import merge
 from oomproof.cli.plan import plan
 from oomproof.cli.quantize import quantize
 from oomproof.cli.rehearse import rehearse
 from oomproof.cli.run import run
 from oomproof.cli.top import top
+from oomproof.cli.tune import tune
 from oomproof.errors import OomproofError, WorkerError
 
 app = typer.Typer(
@@ -39,6 +41,8 @@ app.command()(chat)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(quantize)
+app.command()(tune)
+app.command()(merge)
 app.command()(doctor)
 app.command()(explain)
 app.command()(top)

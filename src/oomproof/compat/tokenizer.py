@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from oomproof.engine.model import GenerationDefaults, Message
 from oomproof.errors import CheckpointError, RequestError
 from oomproof.models.checkpoint import MAX_CONFIG_BYTES
 from oomproof.models.folder import read_bounded
+
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
 class TransformersTokenizer:
@@ -91,6 +94,60 @@ class TransformersTokenizer:
             RequestError: The template refuses the roles or their order, or fails.
         """
         return str(self._chat(messages, tokenize=False, begins_answer=begins_answer))
+
+    def render_turns(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        begins_answer: bool = False,
+    ) -> str:
+        """Whole turns as the model's template writes them, with what begins an answer where asked.
+
+        Raises:
+            RequestError: The template refuses them, or fails.
+        """
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=None if tools is None else [dict(tool) for tool in tools],
+                    tokenize=False,
+                    add_generation_prompt=begins_answer,
+                )
+            )
+        except Exception as error:
+            raise RequestError(
+                f"the model's chat template refuses this: {_first_line(error)}"
+            ) from error
+
+    def encode_generated(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[list[int], list[bool]] | None:
+        """Tokens of whole turns, and which of them the template marks as generated.
+
+        None where the template marks nothing (transformers' `{% generation %}`).
+
+        Raises:
+            RequestError: The template refuses them, or fails.
+        """
+        if self.chat_template is None or not _GENERATION.search(self.chat_template):
+            return None
+        try:
+            found = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+        except Exception as error:
+            raise RequestError(
+                f"the model's chat template refuses this: {_first_line(error)}"
+            ) from error
+        return list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Tokens of plain text without special ones, and the character where each ends.

@@ -40,6 +40,28 @@ def choose_device(asked: str, output: Output) -> torch.device:
     return torch.device("cuda", number)
 
 
+def named_device(asked: str) -> torch.device:
+    """A device by its name; "auto" is a GPU where there is one.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, _, index = asked.partition(":")
+    if name not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise InputError(
+            f"device {asked[:40]!r} is unknown", remedy="use auto, cpu, cuda or cuda:1"
+        )
+    if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {asked[:40]!r} is not here: this process sees "
+            f"{torch.cuda.device_count()} GPUs",
+            remedy="use --device cpu",
+        )
+    return torch.device(asked)
+
+
 def _refuse_old(number: int) -> None:
     if torch.cuda.get_device_capability(number) < _CAPABILITY:
         raise InputError(

@@ -166,6 +166,36 @@ def searches(format_name: str, asked: bool | None) -> bool:
     return has_some and asked is not False
 
 
+def lay_out_plain(
+    checkpoint: CheckpointSpec, dtype: DType, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> tuple[OutputShard, ...]:
+    """The shards of a checkpoint that is written in one dtype, every tensor as it is named.
+
+    Args:
+        checkpoint: Of the source.
+        dtype: One of QUANTIZE_DTYPES.
+        shard_bytes: The most that a shard has, unless one tensor alone has more.
+
+    Raises:
+        CheckpointError: A tensor holds no floating-point numbers.
+    """
+    conversions = []
+    for source in sorted(checkpoint.tensors, key=lambda one: (one.file, one.offset_bytes)):
+        if source.name.endswith(".rotary_emb.inv_freq"):
+            continue
+        if source.dtype not in PLAIN_DTYPES:
+            raise CheckpointError(
+                source.file, f"{source.name!r} holds {source.dtype}, not 16- or 32-bit floats"
+            )
+        conversions.append(Conversion(source=source, quantized=False))
+    unused = FORMATS["nf4"]
+    groups = list(_groups(conversions, unused, dtype, shard_bytes))
+    return tuple(
+        _shard(_file_name(number, len(groups)), group, unused, dtype)
+        for number, group in enumerate(groups, 1)
+    )
+
+
 def refuse_unquantizable(spec: ModelSpec, format_name: str) -> None:
     """Refuses what would not come out as a checkpoint that transformers reads.
 

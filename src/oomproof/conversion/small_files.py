@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
-from oomproof.conversion.layout import Output
+from oomproof.conversion.layout import Output, OutputShard
 from oomproof.conversion.sources import Source
+from oomproof.formats import DType
 from oomproof.models.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from oomproof.models.headers import parse_json_object
 
@@ -18,7 +20,18 @@ def small_files(source: Source, output: Output) -> dict[str, bytes]:
     found = dict(source.side_files)
     found[CONFIG_FILE] = _config(source.config, output)
     if [shard.file for shard in output.shards] != [SINGLE_FILE]:
-        found[INDEX_FILE] = _index(output)
+        found[INDEX_FILE] = _index(output.shards)
+    return found
+
+
+def plain_files(source: Source, shards: Sequence[OutputShard], dtype: DType) -> dict[str, bytes]:
+    """The same for a checkpoint that is not quantized."""
+    found = dict(source.side_files)
+    config = parse_json_object(source.config, what="content", location=CONFIG_FILE)
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    found[CONFIG_FILE] = (json.dumps({**config, name: dtype.value}, indent=2) + "\n").encode()
+    if [shard.file for shard in shards] != [SINGLE_FILE]:
+        found[INDEX_FILE] = _index(shards)
     return found
 
 
@@ -49,8 +62,8 @@ def _config(raw: bytes, output: Output) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _index(output: Output) -> bytes:
-    places = {tensor.name: shard.file for shard in output.shards for tensor in shard.tensors}
-    total = sum(tensor.size_bytes for shard in output.shards for tensor in shard.tensors)
+def _index(shards: Sequence[OutputShard]) -> bytes:
+    places = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()

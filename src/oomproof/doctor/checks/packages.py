@@ -9,7 +9,7 @@ from oomproof.doctor.findings import Capability, Check, Finding, Summary
 from oomproof.doctor.remedies import INSTALL_RUN, install_torch, upgrade
 
 NEEDED = ("torch", "transformers", "accelerate", "bitsandbytes")
-_TUNING = ("peft", "trl")
+_TUNING = ("peft",)
 _WITH_NATIVE = ("triton", "cuda-bindings")
 """Judged with the native engine."""
 

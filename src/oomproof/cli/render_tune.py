@@ -1,0 +1,223 @@
+"""Training plans, progress and results as people see them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from oomproof.cli.render import say
+from oomproof.units import format_bytes, format_parameters
+
+if TYPE_CHECKING:
+    from oomproof.tuning.plan import TrainingPlan
+    from oomproof.tuning.progress import TuningEvent
+    from oomproof.tuning.report import TuningReport
+
+_TERMS = {
+    "cuda_context": "CUDA context",
+    "weights": "weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+    "logits": "logits, a chunk",
+    "dequantization": "dequantization",
+    "library": "libraries",
+    "margin": "margin",
+}
+
+
+def training_plan_lines(plan: TrainingPlan) -> Iterator[str]:
+    """What is done, and whether it fits, as lines of markup."""
+    data = plan.data
+    yield (
+        f"[bold]{escape(plan.base.model)}[/bold]  "
+        f"{format_parameters(plan.base.num_parameters)} parameters · {plan.format} · LoRA rank "
+        f"{plan.rank}, {format_parameters(plan.trainable_parameters)} trained · {plan.engine} "
+        "engine"
+    )
+    yield (
+        f"{escape(data.name)}: {data.samples:,} samples, {data.tokens:,} tokens, the longest "
+        f"{data.longest:,} (line {data.longest_line:,}); {data.validation_samples:,} held out"
+        + (f"; {data.truncated:,} truncated" if data.truncated else "")
+        + (f"; {data.dropped:,} dropped" if data.dropped else "")
+    )
+    yield (
+        f"{data.rows:,} sequences of up to {plan.longest:,} tokens, {data.filled:.0%} filled; "
+        f"{plan.steps:,} steps of {plan.batch_size:,}, {plan.micro_batch:,} at once, "
+        f"{plan.epochs:.3g} epochs"
+    )
+    verdict = "[bold green]fits[/bold green]"
+    if not plan.fits:
+        verdict = f"[bold red]does not fit[/bold red]: {format_bytes(plan.shortfall_bytes)} missing"
+    yield (
+        f"{verdict}: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.usable_bytes)} on "
+        f"{escape(plan.device)}, with {plan.optimizer}, activations kept: "
+        f"{_kept(plan.checkpointing)}"
+    )
+
+
+def _kept(checkpointing: str) -> str:
+    return {"none": "all", "layers": "inputs of layers", "offload": "none here"}[checkpointing]
+
+
+def print_training_plan(plan: TrainingPlan) -> None:
+    """The plan as tables, its verdict first."""
+    console = Console(highlight=False, soft_wrap=False)
+    for line in training_plan_lines(plan):
+        console.print(line)
+    console.print()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("memory")
+    table.add_column("", justify="right")
+    for name, label in _TERMS.items():
+        size = getattr(plan.terms, name)
+        if size:
+            table.add_row(label, format_bytes(size))
+    table.add_row("peak", format_bytes(plan.peak_bytes), style="bold")
+    if plan.host_bytes:
+        table.add_row("host memory", format_bytes(plan.host_bytes))
+    console.print(table)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for label in ("tokens up to", "samples", "most at once", "then"):
+        table.add_column(label, justify="right")
+    for bucket in plan.buckets:
+        table.add_row(
+            f"{bucket.longest:,}",
+            f"{bucket.samples:,}",
+            f"{bucket.micro_batch:,}" if bucket.micro_batch else "does not fit",
+            format_bytes(bucket.peak_bytes),
+        )
+    console.print(table)
+    if plan.train_s is not None:
+        console.print(f"about {_duration(plan.train_s)} by {plan.flops / 1e15:,.3g} PFLOP")
+    for reason in plan.reasons:
+        console.print(f"· {escape(reason)}")
+    for remedy in plan.remedies:
+        console.print(f"· it would fit with {escape(remedy)}")
+
+
+def say_training_plan(plan: TrainingPlan) -> None:
+    """The plan as lines of talk."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for line in training_plan_lines(plan):
+        console.print(line)
+    for reason in plan.reasons:
+        console.print(f"· {escape(reason)}")
+
+
+def print_tuning(report: TuningReport) -> None:
+    """What came of it."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{escape(report.folder)}[/bold]: the adapter of step {report.adapter_step:,} of "
+        f"{report.planned_steps:,}, {format_parameters(report.trainable_parameters)} parameters"
+    )
+    if report.perplexity_before is not None and report.perplexity_after is not None:
+        change = report.perplexity_after / report.perplexity_before - 1
+        console.print(
+            f"perplexity of held-out samples {report.perplexity_before:.2f} → "
+            f"{report.perplexity_after:.2f} ({change:+.1%})"
+        )
+    speed = (
+        "" if report.tokens_per_second is None else f", {report.tokens_per_second:,.0f} a second"
+    )
+    console.print(f"{report.tokens:,} tokens in {_duration(report.seconds)}{speed}")
+    console.print(
+        f"memory {format_bytes(report.measured_bytes)}, {format_bytes(report.planned_bytes)} "
+        "planned"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+class Live:
+    """A bar for each stage and one for the steps.
+
+    Args:
+        bars: rich's progress.
+        shown: Whether somebody watches; else steps are told as lines, a few of them.
+    """
+
+    def __init__(self, bars: Any, *, shown: bool) -> None:
+        self._bars, self._shown = bars, shown
+        self._stages: dict[str, Any] = {}
+        self._steps: Any = None
+        self._told = -1
+
+    def stage(self, stage: str, done: int, total: int) -> None:
+        """Bytes read, tokenised, downloaded or loaded."""
+        if stage not in self._stages:
+            self._stages[stage] = self._bars.add_task(stage, total=total, text="")
+        text = f"{format_bytes(done)} of {format_bytes(total)}"
+        self._bars.update(self._stages[stage], completed=done, total=total, text=text)
+
+    def event(self, event: TuningEvent) -> None:
+        """A step, an evaluation, or something to say."""
+        from oomproof.tuning.progress import Evaluated, Said, StepDone
+
+        if isinstance(event, Said):
+            self._say(event.text)
+        elif isinstance(event, Evaluated):
+            best = ", the best so far" if event.is_best else ""
+            self._say(
+                f"step {event.step:,}: held-out loss {event.loss:.4f}, perplexity "
+                f"{event.perplexity:.2f}{best}"
+            )
+        elif isinstance(event, StepDone):
+            self._step(event)
+
+    def _step(self, event: Any) -> None:
+        text = (
+            f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s  "
+            f"{format_bytes(event.memory_bytes)}"
+        )
+        if self._shown:
+            if self._steps is None:
+                self._steps = self._bars.add_task("train", total=event.steps, text="")
+            self._bars.update(self._steps, completed=event.step, text=text)
+            return
+        # Nobody watches a log grow: twenty lines tell as much as thousands.
+        part = event.step * 20 // event.steps
+        if part != self._told:
+            self._told = part
+            say(f"step {event.step:,} of {event.steps:,}: {text}")
+
+    def _say(self, text: str) -> None:
+        if self._shown:
+            self._bars.console.print(text, highlight=False)
+        else:
+            say(text)
+
+
+@contextmanager
+def training_progress() -> Iterator[Live]:
+    """Bars on stderr where somebody watches, lines elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield Live(bars, shown=console.is_terminal)

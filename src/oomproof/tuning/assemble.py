@@ -1,0 +1,106 @@
+"""Puts a fine-tuning together: prepared data, a plan that fits, and how its model is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from oomproof.hardware.spec import Hardware
+from oomproof.loading.devices import prepare_devices
+from oomproof.models.spec import ModelSpec
+from oomproof.tuning.batches import BatchMaker
+from oomproof.tuning.engines import build_native, build_with_peft
+from oomproof.tuning.job import TuneFolder
+from oomproof.tuning.options import TuningSettings
+from oomproof.tuning.packing import Rows, schedule
+from oomproof.tuning.plan import TrainingPlan
+from oomproof.tuning.prepare import Prepared
+from oomproof.tuning.progress import OnTuning
+
+if TYPE_CHECKING:
+    from oomproof.tuning.run import Tuning
+
+
+def assemble(  # noqa: PLR0913 - everything that a run is made of
+    spec: ModelSpec,
+    model_folder: Path,
+    folder: TuneFolder,
+    plan: TrainingPlan,
+    settings: TuningSettings,
+    prepared: Prepared,
+    *,
+    hardware: Hardware,
+    on_event: OnTuning,
+    progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Tuning:
+    """A fine-tuning, ready to be run.
+
+    Args:
+        spec: The model, with the headers of its checkpoint.
+        model_folder: Where its files are.
+        folder: Where the run lives.
+        plan: What is executed.
+        settings: What is asked.
+        prepared: The data.
+        hardware: The machine.
+        on_event: Told of everything.
+        progress: Told of bytes loaded.
+        trust_remote_code: Lets transformers run code that the model's folder ships.
+
+    Raises:
+        HardwareError, PlanDoesNotFitError: The device is not what was planned for.
+    """
+    # Importing transformers' Trainer imports bitsandbytes, which talks of kernels it could do with.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from oomproof.tuning.run import Tuning
+
+    [device] = plan.base.devices
+    place = torch.device("cpu" if device.kind == "cpu" else f"cuda:{device.index}")
+    prepare_devices(plan.base, hardware)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    base_id = spec.source.path if spec.source.kind == "hub" else str(model_folder)
+
+    def build() -> Any:
+        if plan.engine == "native":
+            return build_native(plan, spec, model_folder, settings, progress=progress)
+        return build_with_peft(
+            plan,
+            spec,
+            model_folder,
+            settings,
+            base_id=base_id,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def makes(rows: Rows) -> BatchMaker:
+        return BatchMaker(
+            prepared.cache, rows, context=prepared.context, pad_token=prepared.pad_token
+        )
+
+    return Tuning(
+        folder=folder,
+        plan=plan,
+        settings=settings,
+        facts=prepared.cache.facts,
+        training=makes(prepared.rows),
+        validation=None if prepared.validation is None else makes(prepared.validation),
+        schedule=schedule(
+            len(prepared.rows),
+            batch_size=plan.batch_size,
+            micro_batch=plan.micro_batch,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            seed=settings.seed,
+        ),
+        build=build,
+        model_name=base_id if spec.source.kind == "hub" else model_folder.name,
+        device=place,
+        on_event=on_event,
+    )

@@ -1,0 +1,188 @@
+"""The plan of a fine-tuning: what it takes of the device, before anything is loaded. Free of torch.
+
+A training plan stands on a plan of the model itself, which the loader executes, and adds what
+training takes: adapters, gradients, optimizer, activations, logits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from oomproof.planning.plan import Plan
+
+SCHEMA = 1
+"""Version of the plan's JSON; it changes when a field's meaning does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingTerms:
+    """Predicted bytes of the device while it trains; docs/7-tuning.md names each."""
+
+    cuda_context: int = 0
+    weights: int = 0
+    """The frozen model, as planned for loading."""
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    """Of a chunk of positions, with their gradient."""
+    dequantization: int = 0
+    """The 16-bit copy of the weight that is multiplied."""
+    library: int = 0
+    """What cuBLAS and the allocator keep."""
+    staging: int = 0
+    """Source tensors on their way, while loading."""
+    margin: int = 0
+
+    @property
+    def training_bytes(self) -> int:
+        """Beside the weights, while a step runs."""
+        return (
+            self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+            + self.dequantization
+            + self.library
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most the device ever holds: loading and training do not overlap."""
+        held = self.cuda_context + self.weights + self.adapters + self.margin
+        return held + max(self.staging, self.training_bytes)
+
+    def as_dict(self) -> dict[str, int]:
+        """Term → bytes."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """Samples of about one length."""
+
+    longest: int
+    """Tokens; samples have more than the bucket before it, and at most this."""
+    samples: int
+    micro_batch: int
+    """The most sequences of this length at once; 0 where not one fits."""
+    peak_bytes: int
+    """With as many, or with one where none fits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingData:
+    """What the plan knows of the data."""
+
+    name: str
+    samples: int
+    tokens: int
+    learned_tokens: int
+    longest: int
+    longest_line: int
+    truncated: int
+    dropped: int
+    validation_samples: int
+    rows: int
+    """Sequences of an epoch."""
+    filled: float
+    """Share of their tokens that is no padding."""
+    lengths: tuple[tuple[int, int], ...]
+    """(tokens, samples): the histogram, in powers of two."""
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean of the sequences' tokens, held-out samples counted with the others."""
+        learned = self.samples - self.validation_samples
+        return self.tokens * learned / max(1, self.samples) / max(1, self.rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """What a fine-tuning does, and what it takes."""
+
+    base: Plan
+    """How the frozen model is loaded."""
+    engine: str
+    """"native" or "transformers"."""
+    format: str
+    compute_dtype: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    trainable_parameters: int
+    context: int
+    packing: bool
+    longest: int
+    """Tokens of the longest sequence, as it is padded."""
+    fits: bool
+    """Whether the longest sequence does, one at a time, with everything else."""
+    shortfall_bytes: int
+    micro_batch: int
+    """Sequences at once, of the longest; 1 where not one fits."""
+    batch_size: int
+    """Sequences of an optimizer step."""
+    micro_batches_per_step: int
+    optimizer: str
+    checkpointing: str
+    chunked_loss: bool
+    device: str
+    device_index: int
+    usable_bytes: int
+    terms: TrainingTerms
+    host_bytes: int
+    """Host memory beside the process: offloaded activations, paged optimizer states."""
+    buckets: tuple[Bucket, ...]
+    data: TrainingData
+    steps: int
+    epochs: float
+    flops: float
+    """Of the whole run."""
+    train_s: float | None
+    """Predicted from FLOPs; None where the device's rate is not known."""
+    remedies: tuple[str, ...]
+    """What would make it fit; empty where it does."""
+    reasons: tuple[str, ...]
+    schema: int = SCHEMA
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most the device ever holds."""
+        return self.terms.peak_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as `tune --dry-run --json` prints them."""
+        plain = asdict(self)
+        plain["base"] = self.base.as_dict()
+        plain["peak_bytes"] = self.peak_bytes
+        return plain
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """The plan as JSON, schema 1."""
+        return json.dumps(self.as_dict(), indent=indent)
+
+
+def length_histogram(lengths: Sequence[int], longest: int) -> tuple[tuple[int, int], ...]:
+    """(tokens, samples) in powers of two, the last one the longest itself."""
+    counts: dict[int, int] = {}
+    for length in lengths:
+        bucket = min(longest, max(64, 1 << (int(length) - 1).bit_length()))
+        counts[bucket] = counts.get(bucket, 0) + 1
+    return tuple(sorted(counts.items()))
+
+
+def as_terms(base: Plan, found: Mapping[str, int], library_bytes: int) -> TrainingTerms:
+    """The terms of a device: of loading from its plan, of training from what was computed."""
+    [device] = base.devices
+    loading = {
+        "cuda_context": device.terms.cuda_context,
+        "weights": device.terms.weights,
+        "staging": device.terms.staging,
+        "margin": device.terms.margin,
+        "library": library_bytes,
+    }
+    return TrainingTerms(**{**loading, **found})

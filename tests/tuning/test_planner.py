@@ -1,0 +1,177 @@
+"""A training plan fits or says what would, for machines that are not here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from oomproof.hardware.describe import describe
+from oomproof.memory.peft import Tuned, adapter_tensors, optimizer_bytes, training_terms
+from oomproof.models.resolve import resolve
+from oomproof.planning.request import PlanRequest
+from oomproof.tuning.options import AdapterSettings, TuningSettings
+from oomproof.tuning.plan import TrainingData, TrainingPlan, length_histogram
+from oomproof.tuning.planner import TrainingPlanner, describe_shortfall
+
+DATA = TrainingData(
+    name="data.jsonl",
+    samples=1000,
+    tokens=500_000,
+    learned_tokens=300_000,
+    longest=4096,
+    longest_line=17,
+    truncated=0,
+    dropped=0,
+    validation_samples=50,
+    rows=250,
+    filled=0.9,
+    lengths=((256, 400), (1024, 500), (4096, 100)),
+)
+TUNED = Tuned(
+    rank=16,
+    target_modules=("all-linear",),
+    optimizer="adamw",
+    checkpointing="layers",
+    compute_bytes=2,
+    packed=True,
+)
+
+
+def plan(
+    gpus: str, model: str = "llama-3.1-8b", longest: int = 4096, **options: Any
+) -> TrainingPlan:
+    settings = TuningSettings(adapter=AdapterSettings(), **options)
+    planner = TrainingPlanner(
+        resolve(model), describe(gpus), PlanRequest(format="nf4-dq"), settings
+    )
+    return planner.plan(DATA, context=longest, longest=longest)
+
+
+def test_an_8b_trains_on_24_gib_and_the_terms_add_up() -> None:
+    found = plan("24GiB", longest=2048)
+    assert found.fits
+    assert found.shortfall_bytes == 0
+    assert found.trainable_parameters == 41_943_040  # as peft counts it for rank 16
+    assert found.terms.adapters == found.terms.gradients == 4 * found.trainable_parameters
+    assert found.peak_bytes <= found.usable_bytes
+    assert found.micro_batch * found.micro_batches_per_step >= found.batch_size == 16
+
+
+def test_more_memory_means_more_at_once_and_shorter_sequences_too() -> None:
+    small, large = plan("24GiB", longest=2048), plan("141GiB", longest=2048)
+    assert small.micro_batch < large.micro_batch
+    sizes = [bucket.micro_batch for bucket in small.buckets]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(bucket.samples for bucket in small.buckets) == DATA.samples
+
+
+def test_memory_is_saved_before_sequences_are() -> None:
+    assert plan("141GiB", longest=512).checkpointing == "none"
+    assert plan("24GiB", longest=2048).checkpointing in ("layers", "offload")
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
+    found = plan("8GiB", longest=8192, checkpointing="none")
+    assert not found.fits
+    assert found.shortfall_bytes == found.peak_bytes - found.usable_bytes > 0
+    message, remedy = describe_shortfall(found)
+    assert "one sequence of 8,192 tokens needs" in message
+    assert remedy.startswith("use ")
+    for one in found.remedies:
+        if one.startswith("--context"):
+            shorter = plan("8GiB", longest=int(one.split()[1]), checkpointing="none")
+            assert shorter.fits
+
+
+def test_a_model_too_large_for_the_device_does_not_fit_at_all() -> None:
+    found = plan("8GiB", model="llama-3.1-70b")
+    assert not found.fits
+    assert found.remedies
+
+
+def test_options_that_are_named_are_kept() -> None:
+    found = plan(
+        "80GiB", longest=2048, optimizer="adamw-8bit", checkpointing="layers", micro_batch=1
+    )
+    assert (found.optimizer, found.checkpointing, found.micro_batch) == ("adamw-8bit", "layers", 1)
+    assert found.micro_batches_per_step == 16
+
+
+def test_the_largest_of_several_devices_is_used_and_said() -> None:
+    found = plan("1x12GiB,1x24GiB", longest=2048)
+    assert found.device == "24.0 GiB GPU"
+    assert any("one device of 2 is used" in reason for reason in found.reasons)
+
+
+def test_a_small_data_set_makes_a_small_step() -> None:
+    settings = TuningSettings(adapter=AdapterSettings(), epochs=2.0)
+    planner = TrainingPlanner(
+        resolve("tiny"), describe("cpu"), PlanRequest(format="nf4-dq"), settings
+    )
+    found = planner.plan(replace(DATA, rows=5), context=256, longest=256)
+    assert (found.batch_size, found.steps) == (5, 2)
+    assert found.compute_dtype == "float32"
+
+
+def test_the_plan_is_json_and_names_the_time_where_the_card_is_known() -> None:
+    found = plan("RTX 4090", longest=1024)
+    plain = json.loads(found.to_json())
+    assert plain["schema"] == 1
+    assert plain["peak_bytes"] == found.peak_bytes
+    assert plain["base"]["format"] == "nf4-dq"
+    assert found.train_s is not None
+    assert plan("24GiB", longest=1024).train_s is None
+
+
+def test_terms_grow_with_what_they_are_made_of() -> None:
+    spec = resolve("llama-3.1-8b")
+
+    def total(micro: int = 1, length: int = 1024, **changed: Any) -> int:
+        device, _ = training_terms(
+            spec, replace(TUNED, **changed), micro_batch=micro, length=length
+        )
+        return sum(device.values())
+
+    assert total(micro=2) > total()
+    assert total(length=2048) > total()
+    assert total(checkpointing="none") > total() > total(checkpointing="offload")
+    assert total() > total(optimizer="adamw-8bit") > total(optimizer="paged-adamw-8bit")
+    assert total(rank=64) > total()
+    assert total(target_modules=("q_proj",)) < total()
+
+
+def test_optimizer_states_are_counted_as_bitsandbytes_keeps_them() -> None:
+    assert optimizer_bytes([1000, 8192], "adamw") == 8 * 9192
+    assert optimizer_bytes([1000, 8192], "adamw-8bit") == 8 * 1000 + 2 * (8192 + 4 * 32)
+    assert sum(adapter_tensors(resolve("tiny"), TUNED)) == 317_440
+
+
+def test_the_histogram_has_every_sample_once() -> None:
+    assert length_histogram([3, 64, 65, 200, 200], 200) == ((64, 2), (128, 1), (200, 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"micro_batch": 17},
+        {"epochs": 0},
+        {"learning_rate": float("nan")},
+        {"warmup": 2},
+        {"optimizer": "sgd"},
+        {"long_samples": "keep"},
+        {"patience": 1, "validation": 0.0},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    from oomproof.errors import InputError
+
+    with pytest.raises(InputError):
+        TuningSettings(adapter=AdapterSettings(), **options)
+    with pytest.raises(InputError):
+        AdapterSettings(rank=0)
+    with pytest.raises(InputError):
+        AdapterSettings(target_modules=("all-linear", "q_proj"))
