@@ -16,14 +16,18 @@ plans the rows, for H200s that need not be here.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.rehearsals import in_a_child, machine
@@ -31,8 +35,9 @@ from oomproof.engine.messages import Request, SamplingOptions, TokenEvent
 from oomproof.engine.protocol import Engine
 from oomproof.errors import PlanDoesNotFitError
 from oomproof.hardware.probe import probe
+from oomproof.models.adapter import CONFIG_FILE, WEIGHTS_FILE, with_adapter
 from oomproof.models.resolve import resolve
-from oomproof.models.spec import ModelSpec
+from oomproof.models.spec import ModelSpec, Role
 from oomproof.planning.plan import Plan
 from oomproof.session import plan as make_plan
 from oomproof.starting import Contract, import_engine, start_timed
@@ -58,6 +63,8 @@ class Row:
     cap: str | None = None
     gpus: int = 1
     has_peer: bool = True
+    rank: int = 0
+    """Of a LoRA adapter of all linears, made up as the weights are; 0 for none."""
 
     @property
     def context(self) -> int:
@@ -74,6 +81,7 @@ class Row:
             concurrency=self.requests,
             cap=self.cap,
             engine=engine,
+            adapter=None if not self.rank else made_up_adapter(self.model, self.rank),
         )
 
 
@@ -87,6 +95,10 @@ ROWS = {
     "8b-prompt-bf16": Row(
         model="llama-3.1-8b", format="bf16", prompt_tokens=2048, new_tokens=1, rounds=7
     ),
+    # Beside the rows without an adapter: what one costs.
+    "8b-1-adapter": Row(model="llama-3.1-8b", rank=16, has_peer=False),
+    "8b-8-adapter": Row(model="llama-3.1-8b", requests=8, rank=16, has_peer=False),
+    "8b-32-adapter": Row(model="llama-3.1-8b", requests=32, rank=16, has_peer=False),
     # Two such GPUs hold it; under this cap it takes four. transformers needs minutes for its turn.
     "405b-four": Row(model="llama-3.1-405b", cap="64GiB", gpus=4, has_peer=False),
 }
@@ -108,6 +120,8 @@ def measure(row: Row) -> dict[str, object]:
 
     started = time.perf_counter()
     spec, hardware = resolve(row.model), probe()
+    if row.rank:
+        spec = with_adapter(spec, made_up_adapter(row.model, row.rank))
     own = row.plan("native")
     peer = row.plan("transformers") if row.has_peer else None
     for each in (own, peer):
@@ -259,6 +273,42 @@ def load_peer(plan: Plan, spec: ModelSpec) -> Any:
     return load_random_model(plan, spec)
 
 
+@cache
+def made_up_adapter(model: str, rank: int) -> Path:
+    """A folder with a random adapter of all linears in 16 bits; it is there until the end."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = Path(_FOLDERS.enter_context(TemporaryDirectory(prefix="oomproof-adapter-")))
+    linears = [
+        tensor
+        for tensor in resolve(model).tensors
+        if tensor.role is Role.LINEAR and tensor.layer is not None
+    ]
+    tensors = {}
+    for linear in linears:
+        name = f"base_model.model.{linear.name.removesuffix('.weight')}"
+        rows, columns = linear.shape
+        for half, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            values = torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.01, 0.01)
+            tensors[f"{name}.lora_{half}.weight"] = values
+    save_file(tensors, folder / WEIGHTS_FILE)
+    names = sorted({linear.name.removesuffix(".weight").rpartition(".")[2] for linear in linears})
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": model,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": names,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    return folder
+
+
+_FOLDERS = ExitStack()
+atexit.register(_FOLDERS.close)
+
+
 def _device(plan: Plan) -> Any:
     import torch
 
@@ -269,6 +319,9 @@ def _device(plan: Plan) -> Any:
 def run(name: str, *, alone: bool = False) -> dict[str, object]:
     """One row, in a process of its own; `alone`: without the peer."""
     row = replace(ROWS[name], has_peer=ROWS[name].has_peer and not alone)
+    if row.rank:
+        # Made here, where it is removed at the end; the child just leaves.
+        made_up_adapter(row.model, row.rank)
     started = time.perf_counter()
     exit_code, output = in_a_child(lambda: print(json.dumps(measure(row))))
     # Libraries may have printed something in front of it.

@@ -16,6 +16,7 @@ from oomproof.errors import (
     PlanMismatchError,
 )
 from oomproof.hardware.probe import probe
+from oomproof.models.adapter import with_adapter
 from oomproof.models.resolve import resolve, with_checkpoint
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.plan import Plan
@@ -66,7 +67,7 @@ def agree_or_refuse(
     else:
         agreed = plan(model, **options)
     refusal = _refuse_unexecutable(agreed)
-    spec = resolve(agreed.source.path, revision=agreed.source.revision)
+    spec = _spec_of(agreed)
     if needs_checkpoint:
         spec = with_checkpoint(spec)
     if spec.fingerprint != agreed.fingerprint:
@@ -74,6 +75,44 @@ def agree_or_refuse(
             (f"{agreed.source.path} is another model than the one that was planned",)
         )
     return Contract(plan=agreed, spec=spec, hardware=probe()), refusal
+
+
+def _spec_of(agreed: Plan) -> ModelSpec:
+    """The model of a plan, with the adapter that was planned."""
+    spec = resolve(agreed.source.path, revision=agreed.source.revision)
+    return with_planned_adapter(spec, agreed)
+
+
+def with_planned_adapter(spec: ModelSpec, agreed: Plan) -> ModelSpec:
+    """A plan's model with its adapter, where it has one.
+
+    Raises:
+        MissingDependencyError: The plan's engine needs peft for it, which is not installed.
+        PlanMismatchError: The folder holds another adapter than was planned.
+        OomproofError: As `with_adapter`.
+    """
+    if agreed.adapter is None:
+        return spec
+    require_adapter_packages(agreed)
+    spec = with_adapter(spec, agreed.adapter.path)
+    assert spec.adapter is not None
+    if spec.adapter.fingerprint != agreed.adapter.fingerprint:
+        raise PlanMismatchError(
+            (f"{agreed.adapter.path} is another adapter than the one that was planned",)
+        )
+    return spec
+
+
+def require_adapter_packages(agreed: Plan) -> None:
+    """Checks that peft is there, where a plan needs it, without importing it.
+
+    Raises:
+        MissingDependencyError: It is not.
+    """
+    if agreed.adapter is None or agreed.engine != "transformers":
+        return
+    if find_spec("peft") is None:
+        raise MissingDependencyError("peft", install="pip install 'oomproof[tune]'")
 
 
 def _refuse_unexecutable(agreed: Plan) -> PlanDoesNotFitError | None:
@@ -102,6 +141,8 @@ def _refuse_unexecutable(agreed: Plan) -> PlanDoesNotFitError | None:
 def _engine_that_runs(agreed: Plan) -> str | None:
     """The engine that would run a plan here, had none been asked for; None where none does."""
     spec = resolve(agreed.source.path, revision=agreed.source.revision)
+    if agreed.adapter is not None:
+        spec = with_adapter(spec, agreed.adapter.path)
     request = PlanRequest(
         format=agreed.format,
         kv_format=agreed.kv_format,

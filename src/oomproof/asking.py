@@ -13,6 +13,7 @@ from oomproof.formats import FIT
 from oomproof.hardware.describe import describe
 from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import DeviceSpec, Hardware
+from oomproof.models.adapter import with_adapter
 from oomproof.models.resolve import resolve
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.damage import WeightErrors
@@ -48,6 +49,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
     what_would_it_take: bool = False,
     search: bool = False,
     calibration: str | Path | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -75,6 +77,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         search: Searches the block scales of 4-bit formats for the least error while loading.
         calibration: A file of UTF-8 text; "fit" weighs the errors of weights by what they cost on
             it. Measured once, on the processor, layer by layer, and kept.
+        adapter: A folder with a LoRA adapter of peft's, used beside the weights, unmerged.
         revision: Branch, tag or commit of a hub id.
         allow_pickle: Converts a folder whose weights are pickles first, in a process of its own.
         progress: Told of "calibrate", and of bytes of the checkpoint, where that takes time.
@@ -83,6 +86,8 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         InputError: Any of these cannot be understood or served; see oomproof.errors.
     """
     spec = resolve(str(model), revision=revision, allow_pickle=allow_pickle)
+    if adapter is not None:
+        spec = with_adapter(spec, adapter)
     limits = read_limits(max_memory)
     request = PlanRequest(
         format=format,

@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oomproof.agreement import Progress, agree, fetch, of_stage, require_run_packages
+from oomproof.agreement import (
+    Progress,
+    agree,
+    fetch,
+    of_stage,
+    require_adapter_packages,
+    require_run_packages,
+)
 from oomproof.asking import plan
 from oomproof.errors import InputError, NotRunnableError, PlanDoesNotFitError
 from oomproof.formats import FIT, FORMATS
@@ -161,6 +168,15 @@ def tune_kernels(
     from oomproof.engine.bench import check_points
 
     check_points(requests, [1])
+    if isinstance(model, Plan):
+        adapted = model.adapter is not None
+    else:
+        adapted = options.get("adapter") is not None
+    if adapted:
+        raise InputError(
+            "launches are tuned for the base model's products, whatever is added to them",
+            remedy="leave --adapter out",
+        )
     if not isinstance(model, Plan):
         options.setdefault("concurrency", max(requests))
     return tune_launches(agree(model, options, needs_checkpoint=False), told)
@@ -204,6 +220,7 @@ def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contra
             "context": own.context,
             "concurrency": own.concurrency,
             "revision": own.source.revision,
+            "adapter": None if own.adapter is None else own.adapter.path,
         },
     )
     remedy = "leave --against out, or plan what both engines run"
@@ -220,4 +237,5 @@ def _peer(contract: Contract, engine: str, options: Mapping[str, Any]) -> Contra
             shortfall_bytes=other.shortfall_bytes,
             remedy="use a smaller --context, fewer --requests, or leave --against out",
         )
+    require_adapter_packages(other)
     return Contract(plan=other, spec=contract.spec, hardware=contract.hardware)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from oomproof.faults.classify import classify
-from oomproof.guarding.ladder import event_of
+from oomproof.guarding.ladder import command_of, event_of
 from oomproof.guarding.machine import find_model
 from oomproof.guarding.rungs import RUNGS, Proposal, rung_of
 from oomproof.guarding.situation import (
@@ -26,6 +27,7 @@ from oomproof.models.resolve import resolve
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
 from oomproof.units import GIB, MIB
+from tests.planning.test_adapter import with_made_up
 
 OUT_OF_GPU_MEMORY = RuntimeError("CUDA error: out of memory")
 
@@ -120,6 +122,21 @@ def test_the_processor_takes_bf16_where_ram_allows_and_nf4_else() -> None:
     assert proposed("cpu", rich).target.plan.devices[0].kind == "cpu"
     assert proposed("cpu", poor).target.plan.format == "nf4"
     assert "would be missing" in refused("cpu", situation(ram_bytes=2 * GIB))
+
+
+def test_an_adapter_stays_on_every_rung_and_is_never_answered_without() -> None:
+    where = situation(1 * GIB)
+    spec = with_made_up(where.target.spec)
+    plan = make_plan(spec, where.hardware, request_of(where.target.plan))
+    adapted = replace(where, target=Target(plan=plan, spec=spec), requests=0, failure=where.failure)
+    for name in ("kv8", "batch", "format", "cpu"):
+        found = proposed(name, replace(adapted, requests=2)).target
+        assert found.spec.adapter is spec.adapter
+        assert found.plan.adapter is not None
+    words = shlex.split(command_of(plan))
+    assert words[words.index("--adapter") + 1] == "/adapters/one"
+    refusal = refused("org/smaller", adapted)
+    assert refusal == "the adapter one is not of that model"
 
 
 def test_a_smaller_model_is_only_for_loading() -> None:

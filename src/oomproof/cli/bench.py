@@ -54,6 +54,7 @@ def bench(
     force: options.Force = False,
     search: options.Search = False,
     calibration: options.Calibration = None,
+    adapter: options.Adapter = None,
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
@@ -80,6 +81,7 @@ def bench(
         "force": force,
         "search": search,
         "calibration": calibration,
+        "adapter": adapter,
         "revision": revision,
         "allow_pickle": allow_pickle,
     }

@@ -46,6 +46,7 @@ def chat(
     force: options.Force = False,
     search: options.Search = False,
     calibration: options.Calibration = None,
+    adapter: options.Adapter = None,
     fallback: options.Fallback = None,
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
@@ -91,6 +92,7 @@ def chat(
         force=force,
         search=search,
         calibration=calibration,
+        adapter=adapter,
         revision=revision,
         allow_pickle=allow_pickle,
     )

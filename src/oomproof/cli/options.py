@@ -69,6 +69,14 @@ Calibration = Annotated[
         show_default=False,
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        help="A folder with a LoRA adapter (peft's), used beside the weights, unmerged.",
+        show_default=False,
+    ),
+]
 Fallback = Annotated[
     str | None,
     typer.Option(

@@ -59,6 +59,7 @@ def plan(
     force: options.Force = False,
     search: options.Search = False,
     calibration: options.Calibration = None,
+    adapter: options.Adapter = None,
     target: For = None,
     plot: Plot = None,
     what_would_it_take: WhatWouldItTake = False,
@@ -80,6 +81,7 @@ def plan(
                 "--force": force,
                 "--search": search,
                 "--calibration": calibration is not None,
+                "--adapter": adapter is not None,
                 "--plot": plot is not None,
                 "--what-would-it-take": what_would_it_take,
             }
@@ -117,6 +119,7 @@ def plan(
         force=force,
         search=search,
         calibration=calibration,
+        adapter=adapter,
         what_would_it_take=what_would_it_take,
         revision=revision,
         allow_pickle=allow_pickle,

@@ -24,6 +24,7 @@ def rehearse(
     force: options.Force = False,
     search: options.Search = False,
     calibration: options.Calibration = None,
+    adapter: options.Adapter = None,
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
     note: options.Note = True,
@@ -54,6 +55,7 @@ def rehearse(
         force=force,
         search=search,
         calibration=calibration,
+        adapter=adapter,
         revision=revision,
         allow_pickle=allow_pickle,
     )

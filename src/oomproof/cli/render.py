@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -50,7 +51,7 @@ def _stdout() -> Console:
 def print_plan(plan: Plan) -> None:
     """The plan as a table, its verdict first."""
     console = _stdout()
-    console.print(f"[bold]{escape(plan.model)}[/bold]  {describe_choice(plan)}")
+    console.print(f"[bold]{escape(plan.model)}[/bold]  {escape(describe_choice(plan))}")
     console.print(f"on {escape(_device_names(plan))}")
     console.print(_verdict(plan))
     console.print()
@@ -66,8 +67,9 @@ def describe_choice(plan: Plan) -> str:
     """Parameters, format, context, engine, in a line."""
     requests = "" if plan.concurrency == 1 else f" × {plan.concurrency} requests"
     weights = f"{plan.format}, searched scales" if plan.search else plan.format
+    adapter = "" if plan.adapter is None else f"adapter {Path(plan.adapter.path).name} · "
     return (
-        f"{format_parameters(plan.num_parameters)} parameters · {weights} · "
+        f"{format_parameters(plan.num_parameters)} parameters · {weights} · {adapter}"
         f"{plan.context:,} tokens{requests} · {plan.engine} engine"
     )
 
@@ -234,6 +236,8 @@ def print_plan_line(plan: Plan) -> None:
         for device in plan.devices_in_use
     )
     say(f"{plan.model}: {describe_choice(plan)}\nplanned {peaks}")
+    if plan.adapter is not None and plan.adapter.warning is not None:
+        say(f"warning: {plan.adapter.warning}")
 
 
 @contextmanager

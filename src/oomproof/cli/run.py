@@ -63,6 +63,7 @@ def run(
     force: options.Force = False,
     search: options.Search = False,
     calibration: options.Calibration = None,
+    adapter: options.Adapter = None,
     fallback: options.Fallback = None,
     revision: options.Revision = None,
     allow_pickle: options.AllowPickle = False,
@@ -114,6 +115,7 @@ def run(
         force=force,
         search=search,
         calibration=calibration,
+        adapter=adapter,
         revision=revision,
         allow_pickle=allow_pickle,
     )

@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
+from oomproof.compat.adapter import add_adapter, import_peft
 from oomproof.compat.verify import verify_parameters
 from oomproof.errors import CheckpointError, LoadError, OomproofError
 from oomproof.loading.random_tensors import RandomTensors
@@ -34,6 +35,8 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> Any:
     """A `transformers.PreTrainedModel` in evaluation mode, placed and quantized by the plan.
+
+    With an adapter it is a `peft.PeftModel` around one.
 
     Args:
         plan: What goes where, in which format.
@@ -59,7 +62,7 @@ def load_model(
     model.config.name_or_path = str(folder)
     if generation_config is not None:
         model.generation_config = generation_config
-    return model
+    return model if spec.adapter is None else add_adapter(model, spec.adapter, plan)
 
 
 def load_random_model(
@@ -76,7 +79,8 @@ def load_random_model(
     with _in_our_words(location):
         config = AutoConfig.for_model(**spec.config)
     source = RandomTensors(spec, _device_finder(device_map(plan)), progress, seed=seed)
-    return _load(plan, spec, config, source, location)
+    model = _load(plan, spec, config, source, location)
+    return model if spec.adapter is None else add_adapter(model, spec.adapter, plan)
 
 
 class _TensorSource(Protocol):
@@ -143,6 +147,8 @@ def import_libraries(plan: Plan, spec: ModelSpec) -> None:
     getattr(transformers, spec.architecture)
     if quantization_settings(plan) is not None:
         import bitsandbytes  # noqa: F401
+    if plan.adapter is not None:
+        import_peft()
 
 
 def _without_ignored(checkpoint: CheckpointSpec) -> CheckpointSpec:

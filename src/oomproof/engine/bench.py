@@ -202,6 +202,7 @@ class Costs:
         weight_format, compute = plan.weight_format, DType(plan.compute_dtype)
         roles = QUANTIZED_ROLES[plan.engine]
         itemsize = KV_FORMATS[plan.kv_format].itemsize
+        added = 0 if plan.adapter is None else plan.adapter.num_parameters
         read = [
             tensor
             for tensor in spec.tensors
@@ -212,7 +213,8 @@ class Costs:
             weight_bytes=sum(
                 _active(spec, tensor, stored(tensor, weight_format, compute, roles).stored_bytes)
                 for tensor in read
-            ),
+            )
+            + added * compute.itemsize,
             kv_bytes_per_token=tuple(
                 (
                     layer.num_key_value_heads
@@ -224,9 +226,12 @@ class Costs:
             ),
             flops_per_token=2
             * sum(
-                _active(spec, tensor, tensor.numel)
-                for tensor in read
-                if tensor.role in (Role.LINEAR, Role.EXPERTS)
+                (
+                    _active(spec, tensor, tensor.numel)
+                    for tensor in read
+                    if tensor.role in (Role.LINEAR, Role.EXPERTS)
+                ),
+                added,
             ),
         )
 

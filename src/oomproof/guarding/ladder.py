@@ -151,6 +151,8 @@ def command_of(plan: Plan) -> str:
         words += ("--reserve", str(plan.reserve_bytes))
     if plan.search:
         words.append("--search")
+    if plan.adapter is not None:
+        words += ("--adapter", plan.adapter.path)
     for device in plan.devices:
         if device.limit_bytes is not None and device.limit_bytes != plan.cap_bytes:
             words += ("--max-memory", f"{device.index}={device.limit_bytes}")

@@ -161,6 +161,8 @@ def _cpu(situation: Situation) -> Proposed:
 
 
 def _smaller_model(situation: Situation, name: str) -> Proposed:
+    if situation.target.spec.adapter is not None:
+        return f"the adapter {situation.target.spec.adapter.name} is not of that model"
     if situation.has_answers or situation.requests:
         return "tokens of another model cannot be continued"
     try:

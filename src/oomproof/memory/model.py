@@ -18,6 +18,7 @@ from itertools import accumulate
 
 from oomproof.formats import BLOCK_SIZE, DType, Format, ceil_div, held_format
 from oomproof.memory import native
+from oomproof.memory.adapter import layer_lora_bytes
 from oomproof.memory.kv_cache import layer_kv_bytes
 from oomproof.memory.profiles import EngineProfile
 from oomproof.memory.terms import DeviceTerms
@@ -59,8 +60,13 @@ class WeightCosts:
         self.profile = profile
         self.compute_dtype = compute_dtype
         units = _units(spec, weight_format, profile, compute_dtype)
-        self.weights = [0, *accumulate(unit.weights for unit in units)]
-        self.traffic = [0, *accumulate(unit.traffic for unit in units)]
+        adapters = [0, *layer_lora_bytes(spec, profile, compute_dtype), 0]
+        self.adapters = [0, *accumulate(adapters)]
+        weights = [unit.weights + size for unit, size in zip(units, adapters, strict=True)]
+        self.weights = [0, *accumulate(weights)]
+        """Adapters included, which stay on their device where a layer's own weights do not."""
+        traffic = [unit.traffic + size for unit, size in zip(units, adapters, strict=True)]
+        self.traffic = [0, *accumulate(traffic)]
         self.staging = [unit.staging for unit in units]
         self.largest_linear = [unit.largest_linear for unit in units]
         self.largest_staging_of = RangeMaximum(self.staging)
@@ -169,6 +175,15 @@ class MemoryModel:
         return (
             self.costs.weights[self.num_units if end is None else end] - self.costs.weights[first]
         )
+
+    def adapter_bytes(self, first: int = 0, end: int | None = None) -> int:
+        """The part of `weights_bytes` that an adapter takes."""
+        end = self.num_units if end is None else end
+        return self.costs.adapters[end] - self.costs.adapters[first]
+
+    def streamable_bytes(self, first: int, end: int) -> int:
+        """The part of `weights_bytes` that may stay in host memory."""
+        return self.weights_bytes(first, end) - self.adapter_bytes(first, end)
 
     def traffic_bytes(self, first: int = 0, end: int | None = None) -> int:
         """Weight bytes of units first … end-1 that one decode step reads."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from oomproof.formats import DType, ceil_div
+from oomproof.memory.adapter import lora_scratch_bytes
 from oomproof.memory.arena import ALIGNMENT_BYTES, Buffer, Layout, lay_out
 from oomproof.memory.kv_cache import PAGE_TOKENS, planned_tokens
 from oomproof.memory.sampler import sampler_buffers
@@ -247,6 +248,9 @@ def step_buffers(spec: ModelSpec, shape: StepShape) -> tuple[Buffer, ...]:
             Buffer(name="step_partials", shape=(partials,), dtype=DType.FLOAT32, phase="attention"),
             Buffer(name="gated", shape=(tokens, width), dtype=compute, phase="mlp"),
         ]
+        if spec.adapter is not None:
+            size = lora_scratch_bytes(spec, tokens=tokens, dtype=compute)
+            buffers.append(Buffer(name="lora", shape=(size,), dtype=DType.UINT8))
     if shape.has_head:
         buffers += [
             Buffer(name="last_hidden", shape=(requests, hidden), dtype=compute),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oomproof.formats import DType
+from oomproof.memory.adapter import lora_activation_bytes
 from oomproof.memory.kv_cache import planned_tokens
 from oomproof.memory.profiles import EngineProfile
 from oomproof.models.spec import ModelSpec
@@ -124,6 +125,7 @@ def workspace_bytes(spec: ModelSpec, shape: WorkspaceShape, profile: EngineProfi
     )
     mlp = mlp_bytes(spec, tokens=tokens, itemsize=itemsize)
     layer = residual_bytes(spec, tokens, itemsize) + scratch + max(attention, mlp)
+    layer += lora_activation_bytes(spec, tokens=tokens, itemsize=itemsize)
     head = logits_bytes(spec, itemsize) if shape.has_head else 0
     largest = max(layer, head, repacking_bytes(shape, profile))
     return profile.library_workspace_bytes + largest + fragmentation_bytes(scratch, profile)

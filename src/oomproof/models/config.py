@@ -58,6 +58,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "num_channels": (1, 64),
     "image_size": (1, 16_384),
     "patch_size": (1, 1024),
+    "r": (1, 8192),
 }
 """Smallest and largest value of each whole-number field."""
 

@@ -14,6 +14,7 @@ from oomproof.formats import Component, DType
 from oomproof.models.forward import ForwardSpec
 
 if TYPE_CHECKING:
+    from oomproof.models.adapter import AdapterSpec
     from oomproof.models.quantized import CheckpointQuantization
 
 
@@ -168,7 +169,8 @@ class ModelSpec:
     eager_attention: bool = False
     """Whether fused kernels cannot compute its attention: soft-capped scores (Gemma 2), sinks
     (gpt-oss)."""
-
+    adapter: AdapterSpec | None = None
+    """What is added to its linear layers while they stay as they are; None for nothing."""
     forward: ForwardSpec | None = None
     """How the native engine computes it; None where it cannot."""
     not_native: str | None = None

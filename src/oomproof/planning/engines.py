@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from oomproof.formats import READ_FORMATS, Format, held_format
 from oomproof.hardware.spec import DeviceSpec
+from oomproof.memory.adapter import not_adapted
 from oomproof.memory.profiles import NATIVE_FORMATS
 from oomproof.models.spec import ModelSpec
 
@@ -50,4 +51,6 @@ def why_not_native(
             )
     if not weight_format.members <= NATIVE_FORMATS and weight_format.name not in READ_FORMATS:
         return f"the native engine does not hold {weight_format.name}"
+    if (module := not_adapted(spec)) is not None:
+        return f"the native engine has no place for an adapter of {module}"
     return None

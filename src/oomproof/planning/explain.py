@@ -208,6 +208,19 @@ def held_otherwise(spec: ModelSpec, weight_format: Format) -> str | None:
     )
 
 
+def adapter(spec: ModelSpec, candidate: Candidate) -> list[str]:
+    """What an adapter takes, and whether it is another model's; empty where there is none."""
+    found = spec.adapter
+    if found is None:
+        return []
+    size = candidate.slots[0].model.adapter_bytes()
+    taken = (
+        f"the adapter {found.name} (rank {found.rank}, {len(found.weights)} linear layers) is "
+        f"beside the weights, unmerged, and {format_bytes(size)} of their bytes"
+    )
+    return [taken] if found.warning is None else [taken, found.warning]
+
+
 def attention(spec: ModelSpec, engine: str) -> str:
     """Which attention is used, and why."""
     if engine == "native":

@@ -77,7 +77,8 @@ class _Kind:
         self.model = model = slot.model
         self._link = host_link_bytes_per_s(slot.device)
         unit_s = slot.unit_seconds or (0.0,) * model.num_units
-        unit_bytes = [model.weights_bytes(unit, unit + 1) for unit in range(model.num_units)]
+        unit_bytes = [model.streamable_bytes(unit, unit + 1) for unit in range(model.num_units)]
+        self._streamable = [0, *accumulate(unit_bytes)]
         self._largest = RangeMaximum(unit_bytes)
         self._seconds = [0.0, *accumulate(unit_s)]
         waits = (
@@ -103,7 +104,7 @@ class _Kind:
     def _hold_from(self, first: int) -> list[tuple[int, float]]:
         """(layers streamed, seconds) of each range from `first`, growing."""
         model, usable_bytes = self.model, self._slot.usable_bytes
-        weights, last_unit = model.costs.weights, model.num_units - 1
+        weights, last_unit = self._streamable, model.num_units - 1
         first_layer = max(first, 1)
         ways = []
         for end, peak in enumerate(model.peaks_from(first), first + 1):
@@ -170,13 +171,13 @@ def _placement(
         resident[index] = kind.model.weights_bytes(first, end)
         if count:
             streamed[index] = kind.streamed_units(end, count)
-            away = kind.model.weights_bytes(*streamed[index])
+            away = kind.model.streamable_bytes(*streamed[index])
             resident[index] += kind.buffers_bytes(first, end) - away
             streamed_bytes += away
             rounding_bytes += sum(
                 _power_of_two(size) - size
                 for size in (
-                    kind.model.weights_bytes(unit, unit + 1) for unit in range(*streamed[index])
+                    kind.model.streamable_bytes(unit, unit + 1) for unit in range(*streamed[index])
                 )
             )
             streaming_s += kind.waiting_s(end, count)

@@ -111,6 +111,25 @@ class Requirement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterPlan:
+    """A LoRA adapter that is loaded beside the model's weights."""
+
+    path: str
+    """Its folder, absolute."""
+    fingerprint: str
+    """Digest of its tensors' names, shapes, ranks and scales; the loader refuses another one."""
+    rank: int
+    """The largest of its ranks."""
+    num_weights: int
+    """Linear layers that it changes."""
+    num_parameters: int
+    weights_bytes: int
+    """Its part of the devices' `weights`."""
+    warning: str | None = None
+    """That it was made for another base model; None where nothing says so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What goes where, whether it fits, and why not something better."""
 
@@ -174,6 +193,8 @@ class Plan:
     """Tensor → format, of a plan in "fit"; what is not named stays in the compute dtype."""
     search: bool = False
     """Whether block scales of 4-bit weights are searched for the least error while loading."""
+    adapter: AdapterPlan | None = None
+    """What is added to the model's linear layers; None for nothing."""
     schema: int = SCHEMA
 
     @property

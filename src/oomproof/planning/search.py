@@ -33,7 +33,7 @@ from oomproof.planning.explain import NOT_SEARCHED, NOT_STREAMED, why_not_runnab
 from oomproof.planning.fitting import Fitter
 from oomproof.planning.notes import Notes, kind_of
 from oomproof.planning.placement import Slot
-from oomproof.planning.plan import Alternative, DevicePlan, HostPlan, Plan
+from oomproof.planning.plan import AdapterPlan, Alternative, DevicePlan, HostPlan, Plan
 from oomproof.planning.refusals import another_format, refuse_impossible
 from oomproof.planning.request import DEFAULT_CONTEXT, MAX_CONCURRENCY, PlanRequest
 from oomproof.planning.speed import HOP_S, MIN_TOKENS_PER_SECOND, SpeedModel, load_seconds
@@ -459,11 +459,26 @@ class Planner:
             extra_modules=spec.extra_modules,
             search=self._searches(chosen.format),
             tensor_formats=chosen.format.by_tensor or {},
+            adapter=self._adapter_plan(chosen),
             quantized_checkpoint=(
                 None
                 if spec.checkpoint_quantization is None
                 else spec.checkpoint_quantization.method
             ),
+        )
+
+    def _adapter_plan(self, chosen: Candidate) -> AdapterPlan | None:
+        adapter = self.spec.adapter
+        if adapter is None:
+            return None
+        return AdapterPlan(
+            path=adapter.path,
+            fingerprint=adapter.fingerprint,
+            rank=adapter.rank,
+            num_weights=len(adapter.weights),
+            num_parameters=adapter.num_parameters,
+            weights_bytes=chosen.slots[0].model.adapter_bytes(),
+            warning=adapter.warning,
         )
 
     def _attention(self, weight_format: Format) -> str:
@@ -518,6 +533,7 @@ class Planner:
             reasons += [] if held is None else [held]
         if self._is_bitsandbytes_faster(chosen.format) and self.spec.forward is not None:
             reasons.append(explain.BITSANDBYTES_ON_A_PROCESSOR)
+        reasons += explain.adapter(self.spec, chosen)
         reasons.append(explain.attention(self.spec, self.engine(chosen.format)))
         disk = disk_of(self.spec, self.hardware)
         if disk.free_bytes is not None and disk.needed_bytes > disk.free_bytes:

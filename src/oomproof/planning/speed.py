@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from oomproof.formats import FORMATS, Format
 from oomproof.hardware.spec import DeviceSpec
+from oomproof.memory.adapter import adapted_groups
 from oomproof.memory.kv_cache import planned_tokens
 from oomproof.memory.model import MemoryModel
 from oomproof.models.spec import ModelSpec, Role
@@ -149,6 +150,11 @@ ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
 HOP_S = 30e-6
 """Hidden states of one token from one device to the next: a copy of some KiB and its launch."""
 
+ADAPTED_S = {"native": 8e-6, "transformers": 80e-6}
+"""What an adapter adds to a layer's product in a decode step besides its bytes: two launches, and
+those that are not fused with the product any more; of transformers, eager ones for each linear.
+Estimated, not measured."""
+
 _HOPPER = (9, 0)
 _NARROW_REQUESTS = 4
 """Of a decode step on Hopper, that the kernel for few tokens multiplies."""
@@ -229,11 +235,14 @@ class SpeedModel:
         overhead_s = 0.0 if on_cpu else measured.layer_overhead_s
         split_s = 0.0 if on_cpu else measured.split_overhead_s
         added_s = 0.0 if on_cpu else measured.added_overhead_s
+        groups = (0, *adapted_groups(model.spec), 0)
+        adapted_s = 0.0 if on_cpu else ADAPTED_S[engine]
         alone = [
             decode_factor
             * (
                 max(model.traffic_bytes(unit, unit + 1) / bandwidth, overhead_s)
                 + added_s
+                + adapted_s * groups[unit]
                 + self._attention_bytes(unit) / attention_bandwidth
             )
             for unit in range(model.num_units)
@@ -361,7 +370,7 @@ def _active_parameters(spec: ModelSpec) -> int:
             active += tensor.numel * spec.num_experts_per_token // spec.num_experts
         elif tensor.role is not Role.EMBEDDING:
             active += tensor.numel
-    return active
+    return active + (0 if spec.adapter is None else spec.adapter.num_parameters)
 
 
 def _rounded(value: float) -> float:

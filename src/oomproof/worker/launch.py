@@ -49,6 +49,7 @@ class Launch:
         return (
             *(plan.fingerprint, plan.format, plan.search, plan.kv_format, plan.compute_dtype),
             *plan.tensor_formats.items(),
+            plan.adapter,
             *(plan.engine, plan.attention, plan.context, plan.concurrency, placed),
         )
 

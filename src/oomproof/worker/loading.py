@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oomproof.agreement import with_planned_adapter
 from oomproof.errors import PlanMismatchError
 from oomproof.guarding.engine import GuardedEngine
 from oomproof.guarding.machine import Machine
@@ -35,7 +36,7 @@ def start(load: Load, parent: Parent) -> GuardedEngine:
         OomproofError: As `GuardedEngine`; the folder holds another model than was planned.
     """
     plan = Plan.from_json(load.plan)
-    spec = _spec(load.folder, plan.model, plan.source)
+    spec = with_planned_adapter(_spec(load.folder, plan.model, plan.source), plan)
     if spec.fingerprint != plan.fingerprint:
         raise PlanMismatchError((f"{load.folder} is another model than the one that was planned",))
     folders = {(spec.fingerprint, spec.source): load.folder}

@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from oomproof.engine.native.arena import Arena
+from oomproof.engine.native.ends import Embedding, FinalNorm, Head
 from oomproof.engine.native.kv_pool import KVPool
 from oomproof.engine.native.layout import Block, lay_out_block
+from oomproof.engine.native.lora import LoraWeights
 from oomproof.engine.native.rotary import fill_rotary
 from oomproof.engine.native.sampler import Sampler
-from oomproof.engine.native.stage import Embedding, FinalNorm, Head, Layers
+from oomproof.engine.native.stage import Layers
 from oomproof.engine.native.stored import StoredWeights
 from oomproof.engine.native.streaming import LayerStream
 from oomproof.engine.native.weights import LayerWeights, Parameter
 from oomproof.errors import NotRunnableError, PlanMismatchError
 from oomproof.formats import DType
 from oomproof.loading.targets import Target
+from oomproof.memory.adapter import LoraLayer, lay_out_adapter
 from oomproof.memory.kv_cache import KV_FORMATS
 from oomproof.memory.model import unit_of
 from oomproof.memory.native import STREAMING_BUFFERS, Share, StepShape, step_layout
@@ -75,6 +78,7 @@ class NativeDevice:
         self.head: Head | None = None
         self.sampler: Sampler | None = None
         self._streamed = range(0) if streamed is None else range(streamed[0], streamed[1] + 1)
+        self.lora: LoraWeights | None = None
         self._allocate_weights()
 
     def _allocate_weights(self) -> None:
@@ -84,12 +88,18 @@ class NativeDevice:
         largest = max((self._blocks[unit].size_bytes for unit in away), default=0)
         total = sum(self._blocks[unit].size_bytes for unit in resident)
         total += STREAMING_BUFFERS * largest
+        adapters = self._adapters()
+        adapter_bytes = sum(layer.size_bytes for layer in adapters.values())
+        total += adapter_bytes
         if total > self.planned.terms.weights:
             raise PlanMismatchError((_too_large(self.planned, total),))
         self.weights = torch.empty(total, dtype=torch.uint8, device=self.device)
-        """Every weight here, streaming buffers included."""
+        """Every weight here, adapter and streaming buffers included."""
+        if adapters:
+            dtype: torch.dtype = getattr(torch, self._compute_dtype)
+            self.lora = LoraWeights(adapters, dtype, self.weights[:adapter_bytes])
         self._memory: dict[int, torch.Tensor] = {}
-        first = 0
+        first = adapter_bytes
         for unit in resident:
             end = first + self._blocks[unit].size_bytes
             self._memory[unit] = self.weights[first:end]
@@ -103,6 +113,14 @@ class NativeDevice:
                 [self.weights[first + n * largest :][:largest] for n in range(STREAMING_BUFFERS)],
                 self.stream,
             )
+
+    def _adapters(self) -> Mapping[int, LoraLayer]:
+        """Those of the layers here, streamed ones too: they stay on the device."""
+        layers = self.planned.layers
+        if layers is None:
+            return {}
+        found = lay_out_adapter(self._spec, self._compute_dtype).items()
+        return {index: layer for index, layer in found if layers[0] <= index <= layers[1]}
 
     @property
     def arena(self) -> Arena:
@@ -197,7 +215,12 @@ class NativeDevice:
                 share=self.share,
             )
             self.layers = Layers(
-                self.arena, self.pool, self._forward, planned.layers, *self._layer_source()
+                self.arena,
+                self.pool,
+                self._forward,
+                planned.layers,
+                *self._layer_source(),
+                lora=self.lora,
             )
         self._compare_with_plan()
         self._wire_ends()

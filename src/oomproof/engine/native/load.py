@@ -19,6 +19,7 @@ from oomproof.errors import CheckpointError, NotRunnableError
 from oomproof.hardware.spec import Hardware
 from oomproof.loading.pipeline import load_checkpoint, load_random
 from oomproof.loading.targets import LoadProgress, LoadReport, Target, is_computed_buffer
+from oomproof.models.adapter import AdapterSpec
 from oomproof.models.spec import CheckpointSpec, CheckpointTensor, ModelSpec
 from oomproof.planning.plan import Plan
 from oomproof.units import MIB
@@ -185,11 +186,12 @@ def _start(
             warming.join()
         fill(targets)
         targets.clear()
-        for device in devices:
-            if device.device.type == "cuda":
-                torch.cuda.synchronize(device.device)
+        _wait(devices)
         if held is not None:
             held.check_zeros()
+        if spec.adapter is not None:
+            _load_adapter(spec.adapter, devices)
+            _wait(devices)
         # The one that cuBLAS was given while warming up: steps run on another stream.
         clear_workspaces()
         meter.weights_loaded()
@@ -197,6 +199,31 @@ def _start(
             device.allocate_pools()
         meter.pools_allocated()
     return NativeEngine(devices, plan, spec, meter)
+
+
+def _load_adapter(adapter: AdapterSpec, devices: Sequence[NativeDevice]) -> None:
+    """Its file's tensors into their places; it is the same where the model's weights are made up.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds a value that is not finite, or not once it
+            is scaled.
+    """
+    loras = [device.lora for device in devices if device.lora is not None]
+    targets = [target for lora in loras for target in lora.targets()]
+    load_checkpoint(Path(adapter.path), adapter.checkpoint, targets)
+    if not all(lora.is_finite() for lora in loras):
+        raise CheckpointError(
+            str(Path(adapter.path) / adapter.checkpoint.files[0][0]),
+            "holds values of lora_B that the compute dtype cannot hold once they are scaled",
+            remedy="use bfloat16 or float32, or a smaller lora_alpha",
+        )
+
+
+def _wait(devices: Sequence[NativeDevice]) -> None:
+    """Until all that was written is there, on whatever stream."""
+    for device in devices:
+        if device.device.type == "cuda":
+            torch.cuda.synchronize(device.device)
 
 
 def _prepare_products(plan: Plan) -> None:

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 
 from oomproof.engine.native.device import NativeDevice
+from oomproof.engine.native.ends import Head
 from oomproof.engine.native.operators import next_inputs
 from oomproof.engine.native.sampler import Sampler
-from oomproof.engine.native.stage import Head
 from oomproof.memory.native import graph_sizes, next_piece, prompt_sizes
 from oomproof.memory.sampler import MAX_ALTERNATIVES
 
@@ -276,8 +276,10 @@ class Pipeline:
         if not on_gpu:
             return
         streamed = any(device.layer_stream is not None for device in self.devices)
-        # All layers have the same kernels; streamed ones come in turn and are not left out.
-        most_layers = None if streamed else 1
+        # All layers have the same kernels, unless some are adapted; streamed ones come in turn and
+        # are not left out.
+        adapted = any(device.lora is not None for device in self.devices)
+        most_layers = None if streamed or adapted else 1
         with self.streams():
             # Products have kernels of their own for up to 16, 32 and 64 tokens, and for more.
             sizes = prompt_sizes(chunk_tokens)

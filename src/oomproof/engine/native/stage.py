@@ -12,7 +12,8 @@ import torch
 
 from oomproof.engine.native.arena import Arena
 from oomproof.engine.native.kv_pool import KVPool
-from oomproof.engine.native.linears import Chain, StepNorm, TiledLinears
+from oomproof.engine.native.linears import Chain, Projection, StepNorm, TiledLinears
+from oomproof.engine.native.lora import NO_LORA, LayerLora, Lora, LoraWeights
 from oomproof.engine.native.norm_cuda import add_rms_norm_step, supports_norm
 from oomproof.engine.native.operators import add_rms_norm, attend, rotate_and_store, silu_mul
 from oomproof.engine.native.step import step_attention
@@ -39,6 +40,7 @@ class Layers:
         last: Index of the last one.
         weights: Gives each layer's weights.
         done: Told that a layer's weights have been read, for those that are streamed.
+        lora: What is added to their products, None for nothing.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Layers:
         layers: tuple[int, int],
         weights: LayerSource,
         done: Callable[[int], None],
+        *,
+        lora: LoraWeights | None = None,
     ) -> None:
         self._forward = forward
         self._pool = pool
@@ -61,6 +65,10 @@ class Layers:
         self._partials, self._rotary = arena["partials"], arena["rotary"]
         self._inputs = arena["inputs"]
         self._scratch = arena["scratch"]
+        self._loras: dict[int, LayerLora] = {}
+        if lora is not None:
+            self._lora_scratch = arena["lora"]
+            self._loras = {index: lora.layer(index) for index in range(layers[0], layers[1] + 1)}
         self._up, self._scratch_before_up = self._split_scratch()
         self._hidden_next = arena["hidden_next"]
         self._step_attention = step_attention(arena, pool, forward)
@@ -105,26 +113,23 @@ class Layers:
         # Whether an update waits in `normed`; whether the hidden states' squares are known.
         adds = known = False
         for index in range(self._first, end):
-            weights = self._weights(index)
+            weights, lora = self._weights(index), self._loras.get(index, NO_LORA)
             step = weights.step if rows <= MAX_TOKENS else None
-            chain = self._chain
+            chain = self._chain if lora.chains else None
             if step is not None and chain is not None and step.chains(rows, chain):
                 self._chained(
                     weights,
                     step,
+                    lora,
                     index,
                     states[0],
-                    chain,
                     one_request=one_request,
                     adds=adds,
                     known=known,
                 )
                 adds, known = False, True
             else:
-                if step is not None:
-                    self._step(weights, step, index, states, one_request=one_request, adds=adds)
-                else:
-                    self._parts(weights, index, states[0], one_request=one_request, adds=adds)
+                self._layer(weights, step, lora, index, states, one_request=one_request, adds=adds)
                 adds, known = True, False
             self._done(index)
         # The last update is added where the hidden states go: no norm here is the next layer's.
@@ -138,50 +143,100 @@ class Layers:
         self,
         weights: LayerWeights,
         products: StepProducts,
+        lora: LayerLora,
         index: int,
         hidden: torch.Tensor,
-        chain: Chain,
         *,
         one_request: bool,
         adds: bool,
         known: bool,
     ) -> None:
         """A layer of few tokens, whose products update the hidden states and normalise them."""
-        rows = len(hidden)
+        rows, chain = len(hidden), self._chain
+        assert chain is not None
         normed, attended = self._normed[:rows], self._attended[:rows]
         qkv, gated = self._qkv[:rows], self._gated[:rows]
-        if known:
+        # An adapter multiplies what is normalised, which a fused product keeps to itself.
+        if known and lora.qkv is None:
             norm_weight = weights.input_norm
             products.qkv.chained(hidden, qkv, chain, norm_weight=norm_weight, before_attention=True)
         else:
-            _norm(normed)(hidden, normed, weights.input_norm, chain.eps, chain.multiplier, adds)
+            self._normalise(weights.input_norm, hidden, normed, adds=adds)
             products.qkv.chained(normed, qkv, chain, before_attention=True)
+            self._adapt(lora.qkv, normed, qkv)
         self._attend(weights, index, rows, one_request=one_request)
         products.o.chained(attended, hidden, chain, updates=True)
-        products.gate_up.chained(hidden, gated, chain, norm_weight=weights.post_norm, gated=True)
+        if lora.gate_up is None:
+            norm_weight = weights.post_norm
+            products.gate_up.chained(hidden, gated, chain, norm_weight=norm_weight, gated=True)
+        else:
+            self._normalise(weights.post_norm, hidden, normed, adds=False)
+            self._gate(weights, products, lora.gate_up, normed, gated)
         products.down.chained(gated, hidden, chain, updates=True)
 
-    def _step(
+    def _layer(
         self,
         weights: LayerWeights,
-        products: StepProducts,
+        products: StepProducts | None,
+        lora: LayerLora,
         index: int,
         states: list[torch.Tensor],
         *,
         one_request: bool,
         adds: bool,
     ) -> None:
-        """A layer of few tokens whose products are fused with what lies between them."""
+        """A layer whose updates of the hidden states wait in `normed`.
+
+        Args:
+            weights: Of the layer.
+            products: What computes few tokens, fused with what lies between; None for others.
+            lora: What is added to its products.
+            index: Of the layer.
+            states: The hidden states, and where fused products put the updated ones.
+            one_request: Whether the rows are consecutive tokens of one request.
+            adds: Whether an update waits.
+        """
         rows = len(states[0])
         normed, attended = self._normed[:rows], self._attended[:rows]
         qkv, gated = self._qkv[:rows], self._gated[:rows]
-        self._step_product(products.qkv, weights.input_norm, states, qkv, adds=adds)
+        if products is not None and lora.qkv is None:
+            self._step_product(products.qkv, weights.input_norm, states, qkv, adds=adds)
+        else:
+            self._normalise(weights.input_norm, states[0], normed, adds=adds)
+            self._multiply(weights.qkv, None if products is None else products.qkv, normed, qkv)
+            self._adapt(lora.qkv, normed, qkv)
         self._attend(weights, index, rows, one_request=one_request)
-        products.o.step(attended, normed, self._scratch)
-        self._step_product(
-            products.gate_up, weights.post_norm, states, gated, adds=True, gated=True
-        )
-        products.down.step(gated, normed, self._scratch)
+        self._multiply(weights.o, None if products is None else products.o, attended, normed)
+        self._adapt(lora.o, attended, normed)
+        if products is not None and lora.gate_up is None:
+            post_norm = weights.post_norm
+            self._step_product(products.gate_up, post_norm, states, gated, adds=True, gated=True)
+        else:
+            self._normalise(weights.post_norm, states[0], normed, adds=True)
+            self._gate(weights, products, lora.gate_up, normed, gated)
+        self._multiply(weights.down, None if products is None else products.down, gated, normed)
+        self._adapt(lora.down, gated, normed)
+
+    def _normalise(
+        self, weight: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor, *, adds: bool
+    ) -> None:
+        """The hidden states, after the update that waits in `normed` where `adds`."""
+        eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
+        _norm(normed)(hidden, normed, weight, eps, multiplier, adds)
+
+    def _multiply(
+        self, whole: Projection, step: TiledLinears | None, x: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """By what decode steps have, where they have it."""
+        if step is None:
+            whole.multiply(x, out, self._scratch)
+        else:
+            step.step(x, out, self._scratch)
+
+    def _adapt(self, lora: Lora | None, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Adds what an adapter does to the product of x that is in out."""
+        if lora is not None:
+            lora.add(x, out, self._lora_scratch)
 
     def _step_product(
         self,
@@ -195,61 +250,57 @@ class Layers:
     ) -> None:
         """Updates the hidden states and multiplies them, normalised."""
         normed = self._normed[: len(out)]
-        eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
         # A prompt may have more tokens than a decode step, for which there is room.
         if len(states[1]) < len(out) or not product.normalises(len(out)):
-            _norm(normed)(states[0], normed, norm_weight, eps, multiplier, adds)
+            self._normalise(norm_weight, states[0], normed, adds=adds)
             product.step(normed, out, self._scratch, gated=gated)
             return
         before = StepNorm(
             update=normed if adds else None,
             weight=norm_weight,
             hidden_out=states[1],
-            eps=eps,
-            multiplier=multiplier,
+            eps=self._forward.rms_norm_eps,
+            multiplier=self._forward.residual_multiplier,
         )
         product.step(states[0], out, self._scratch, norm=before, gated=gated)
         states.reverse()
 
-    def _parts(
+    def _gate(
         self,
         weights: LayerWeights,
-        index: int,
-        hidden: torch.Tensor,
-        *,
-        one_request: bool,
-        adds: bool,
+        products: StepProducts | None,
+        lora: Lora | None,
+        normed: torch.Tensor,
+        gated: torch.Tensor,
     ) -> None:
-        """A layer, operator after operator."""
-        rows = len(hidden)
-        normed, attended = self._normed[:rows], self._attended[:rows]
-        eps, multiplier = self._forward.rms_norm_eps, self._forward.residual_multiplier
-        norm = _norm(normed)
-        norm(hidden, normed, weights.input_norm, eps, multiplier, adds)
-        weights.qkv.multiply(normed, self._qkv[:rows], self._scratch)
-        self._attend(weights, index, rows, one_request=one_request)
-        weights.o.multiply(attended, normed, self._scratch)
-        norm(hidden, normed, weights.post_norm, eps, multiplier, True)
-        self._gate(weights, normed, self._gated[:rows])
-        weights.down.multiply(self._gated[:rows], normed, self._scratch)
-
-    def _gate(self, weights: LayerWeights, normed: torch.Tensor, gated: torch.Tensor) -> None:
-        """SwiGLU: the gate's product goes where the result will be, up's waits in scratch."""
+        """SwiGLU: both products wait in scratch; or up's does, in slices, the gate's in `gated`."""
         tiled = weights.gate_up.tiled
-        if tiled is not None and tiled.gates:
+        if lora is None and tiled is not None and tiled.gates:
             tiled.multiply_gated(normed, gated, self._scratch)
             return
         (rows, width), scratch = gated.shape, self._scratch_before_up
         if 2 * gated.numel() <= self._up.numel():
             gate_up = self._up[: 2 * gated.numel()].view(rows, 2 * width)
-            weights.gate_up.multiply(normed, gate_up, scratch)
-            silu_mul(gate_up[:, :width], gate_up[:, width:], gated)
+            if products is None:
+                weights.gate_up.multiply(normed, gate_up, scratch)
+            else:
+                products.gate_up.step(normed, gate_up, scratch)
+            if lora is None:
+                silu_mul(gate_up[:, :width], gate_up[:, width:], gated)
+            else:
+                lora.down(normed, self._lora_scratch)
+                lora.up_gated(gate_up, gated, self._lora_scratch)
             return
         weights.gate.multiply(normed, gated, scratch)
+        if lora is not None:
+            lora.down(normed, self._lora_scratch)
+            lora.up(gated, 0, self._lora_scratch)
         first = 0
         for part in weights.up:
             up = self._up[: rows * part.rows].view(rows, part.rows)
             part.multiply(normed, up, scratch)
+            if lora is not None:
+                lora.up(up, width + first, self._lora_scratch)
             gate = gated[:, first : first + part.rows]
             silu_mul(gate, up, gate)
             first += part.rows
@@ -294,71 +345,3 @@ def _norm(states: torch.Tensor) -> Callable[..., None]:
     """The norm for so many tokens."""
     few = len(states) <= _FEW_ROWS and supports_norm(states)
     return add_rms_norm_step if few else add_rms_norm
-
-
-class Embedding:
-    """Tokens to hidden states.
-
-    Args:
-        arena: The device's buffers.
-        weight: [vocab, hidden].
-        multiplier: Of the embeddings.
-    """
-
-    def __init__(self, arena: Arena, weight: torch.Tensor, multiplier: float) -> None:
-        self._inputs, self._hidden = arena["inputs"], arena["hidden"]
-        self._weight = weight
-        self._multiplier = multiplier
-
-    def run(self, rows: int) -> None:
-        """The embeddings of the first `rows` tokens."""
-        hidden = self._hidden[:rows]
-        torch.index_select(self._weight, 0, self._inputs[0, :rows], out=hidden)
-        if self._multiplier != 1:
-            hidden.mul_(self._multiplier)
-
-
-class FinalNorm:
-    """The last norm, over the rows whose logits are wanted."""
-
-    def __init__(self, arena: Arena, weight: torch.Tensor, eps: float) -> None:
-        self._hidden, self._normed = arena["hidden"], arena["normed"]
-        self._weight = weight
-        self._eps = eps
-
-    def run(self, first: int, rows: int) -> torch.Tensor:
-        """Normalised hidden states of rows first … first + rows - 1: [rows, hidden]."""
-        normed = self._normed[first : first + rows]
-        hidden = self._hidden[first : first + rows]
-        add_rms_norm(hidden, normed, self._weight, self._eps, 1.0, False)
-        return normed
-
-
-class Head:
-    """Hidden states to logits.
-
-    Args:
-        arena: The device's buffers.
-        weight: [vocab, hidden].
-        divisor: Of the logits.
-    """
-
-    def __init__(self, arena: Arena, weight: torch.Tensor, divisor: float) -> None:
-        self._last_hidden, self._out = arena["last_hidden"], arena["head_out"]
-        self.logits = arena["logits"]
-        """float32 [requests, vocab]."""
-        self._weight = weight
-        self._divisor = divisor
-
-    def receive(self, normed: torch.Tensor) -> None:
-        """Takes normalised hidden states [rows, hidden] from any device."""
-        self._last_hidden[: len(normed)].copy_(normed, non_blocking=True)
-
-    def run(self, rows: int) -> torch.Tensor:
-        """Logits float32 [rows, vocab] of what was received last."""
-        out, logits = self._out[:rows], self.logits[:rows]
-        torch.mm(self._last_hidden[:rows], self._weight.t(), out=out)
-        logits.copy_(out)
-        if self._divisor != 1:
-            logits.div_(self._divisor)
-        return logits

@@ -74,6 +74,12 @@ def to_transformers(plan: Plan) -> dict[str, Any]:
             f"{plan.model} is planned for the {plan.engine} engine, not for transformers",
             remedy='plan it with engine="transformers"',
         )
+    if plan.adapter is not None:
+        raise InputError(
+            f"arguments of transformers' from_pretrained have no place for the adapter "
+            f"{plan.adapter.path}",
+            remedy="use oomproof.from_pretrained, which adds it with peft",
+        )
     return {
         "pretrained_model_name_or_path": plan.source.path,
         "revision": plan.source.revision,
