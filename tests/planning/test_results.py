@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.decode import made_up_adapter
 
 from oomproof.session import plan
 from oomproof.units import MIB
@@ -65,6 +66,7 @@ def test_streaming_is_as_fast_as_predicted() -> None:
 def test_speeds_are_predicted_within_a_tenth() -> None:
     """Of decode.py's rows: tokens of all requests together, or of a prompt."""
     lines = (RESULTS / "decode-h200.jsonl").read_text().splitlines()
+    adapter = made_up_adapter("llama-3.1-8b", 16)
     for row in map(json.loads, lines):
         tokens = row["prompt_tokens"] + row["new_tokens"]
         made = plan(
@@ -76,6 +78,7 @@ def test_speeds_are_predicted_within_a_tenth() -> None:
             concurrency=row["requests"],
             cap=row["cap"],
             engine="native",
+            adapter=adapter if row.get("rank") else None,
         ).tokens_per_second
         predicted = made.prefill if row["kind"] == "prefill" else made.decode_total
         assert predicted == pytest.approx(row["ours"]["tokens_per_second"], rel=0.1), row["row"]

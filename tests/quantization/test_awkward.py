@@ -184,7 +184,13 @@ def test_on_a_gpu_awkward_weights_have_every_bit_of_bitsandbytes(format_name: st
                 codes, others = (codes_of_blocks(one) for one in (part, expected[name]))
                 assert torch.equal(codes[~is_zero], others[~is_zero]), (seed, name)
             else:
-                assert torch.equal(part, expected[name]), (seed, name)
+                found, wanted = (flushed(one) for one in (part, expected[name]))
+                assert torch.equal(found, wanted), (seed, name)
+
+
+def flushed(scales: torch.Tensor) -> torch.Tensor:
+    """What fast arithmetic makes of float32 numbers."""
+    return torch.where(scales.abs() < 2**-126, 0, scales)
 
 
 def awkward_blocks(seed: int) -> torch.Tensor:

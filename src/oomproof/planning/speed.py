@@ -150,10 +150,10 @@ ATTENTION_BANDWIDTH_EFFICIENCY = 0.75
 HOP_S = 30e-6
 """Hidden states of one token from one device to the next: a copy of some KiB and its launch."""
 
-ADAPTED_S = {"native": 8e-6, "transformers": 80e-6}
+ADAPTED_S = {"native": 13e-6, "transformers": 80e-6}
 """What an adapter adds to a layer's product in a decode step besides its bytes: two launches, and
-those that are not fused with the product any more; of transformers, eager ones for each linear.
-Estimated, not measured."""
+those that are not fused with the product any more (an 8B on an H200, benchmarks/LOG.md). Of
+transformers, eager ones for each linear: estimated, not measured."""
 
 _HOPPER = (9, 0)
 _NARROW_REQUESTS = 4
