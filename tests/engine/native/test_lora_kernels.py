@@ -45,6 +45,7 @@ def test_the_kernels_compile_for_old_and_new_gpus_within_their_shared_memory(
 
     constants: dict[str, Any] = {
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "DEPENDENT": capability >= 90,
         "BLOCK_M": 16,
         "BLOCK_R": 16,
         "BLOCK_K": 128,

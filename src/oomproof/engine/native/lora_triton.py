@@ -3,7 +3,8 @@
 The first splits x Aᵀ along the columns, so that a small A is read by enough multiprocessors; its
 parts stay in float32. The second adds them up, as many times as it has blocks (they are in the
 second cache), multiplies them with B and adds the result to what the base product left. Sums are in
-a fixed order: the same bits each time.
+a fixed order: the same bits each time. From Hopper on both are launched before what comes ahead of
+them is done, as the engine's own kernels are, and wait for it before they read anything.
 """
 
 # Triton's language is not typed.
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from oomproof.memory.adapter import LORA_SPLITS
 
@@ -51,7 +53,9 @@ def down(x: torch.Tensor, a: torch.Tensor, scratch: torch.Tensor) -> None:
         BLOCK_M=_TOKENS,
         BLOCK_R=_RANKS,
         BLOCK_K=_COLUMNS,
+        DEPENDENT=_dependent(x),
         num_warps=_WARPS,
+        launch_pdl=_dependent(x),
     )
 
 
@@ -90,8 +94,10 @@ def up(
         BLOCK_M=_TOKENS,
         BLOCK_N=_ROWS,
         BLOCK_R=_RANKS,
+        DEPENDENT=_dependent(out),
         num_warps=_WARPS,
         num_stages=1,
+        launch_pdl=_dependent(out),
     )
 
 
@@ -133,8 +139,10 @@ def up_gated(
         BLOCK_M=_TOKENS,
         BLOCK_N=_ROWS,
         BLOCK_R=_RANKS,
+        DEPENDENT=_dependent(out),
         num_warps=_WARPS,
         num_stages=1,
+        launch_pdl=_dependent(out),
     )
 
 
@@ -146,6 +154,19 @@ def _splits(columns: int) -> tuple[int, int]:
 
 def _precision(x: torch.Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _dependent(x: torch.Tensor) -> bool:
+    """Whether launches overlap there (programmatic dependent launch)."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@triton.jit
+def _begin(DEPENDENT: tl.constexpr):
+    """Lets the next kernel be launched, and waits for all that the last one wrote."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 # Numbers that differ from layer to layer, or from step to step, compile no kernel of their own.
@@ -163,7 +184,9 @@ def _down(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    _begin(DEPENDENT)
     split = tl.program_id(0)
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -315,7 +338,9 @@ def _up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    _begin(DEPENDENT)
     block = tl.program_id(0)
     if block < blocks0:
         _add(
@@ -399,7 +424,9 @@ def _up_gated(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    _begin(DEPENDENT)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < tokens)[:, None] & (columns < width)[None, :]
