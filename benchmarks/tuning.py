@@ -6,7 +6,8 @@ Llama 3.1's shapes with random weights made on the device, the same for both sid
 linears of nf4-dq weights. A row is a batch, a sequence and what of ours is varied: its peak is
 torch.cuda.max_memory_allocated, its speed the median of timed steps, optimizer included, after
 some to warm up; ours are listed with the plan's peak. `curve` trains both on the same data from the
-same adapters. Profiles go to files. A row that fails is reported, and the rest goes on.
+same adapters. Profiles go to files. A row that fails is reported, and the rest goes on. `--rows
+ranks`, started by torchrun, is benchmarks/tuning_ranks.py.
 """
 
 from __future__ import annotations
@@ -503,13 +504,18 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=440.0, help="seconds; no row begins later")
     parser.add_argument("--check", action="store_true", help="only print what is planned")
     asked = parser.parse_args()
+    from benchmarks import tuning_ranks
+
     if asked.check:
         check()
+        tuning_ranks.check()
         return 0
     if not torch.cuda.is_available():
         print("error: this needs a GPU", file=sys.stderr)
         return 1
     names = [name for name in asked.rows.split(",") if name]
+    if names == ["ranks"]:
+        return tuning_ranks.main() or 0
     only = [name for name in names if name in ROWS]
     groups = {name for name in names if name in GROUPS} | ({"ours"} if only else set())
     say(row="machine", **machine())

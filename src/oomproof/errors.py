@@ -17,6 +17,7 @@ OomproofError                   exit code 1
 ├── CudaError                   the CUDA driver refuses a call (carries its name of the error)
 ├── WorkerError                 the model's process died, hung or met a fault (carries the cause)
 │   └── WorkerDownError         it is not started again
+├── RankError                   another process of a run on several GPUs failed or fell silent
 └── LoadError                   loading did not produce what the plan promised
     └── PlanMismatchError       a parameter's device, dtype or bytes differ from the plan
 
@@ -276,6 +277,13 @@ class WorkerError(OomproofError):
 
 class WorkerDownError(WorkerError):
     """The model's process failed for good: it is not started again."""
+
+
+class RankError(OomproofError):
+    """Another process of a run on several GPUs failed, or does not answer; this one cannot go on.
+
+    What failed first is told by that process, on its own standard error.
+    """
 
 
 class LoadError(OomproofError):

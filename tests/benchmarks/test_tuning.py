@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from benchmarks.tuning import ROWS, ROWS_70B, Rows, check, compare, positions_of
 
+from benchmarks import tuning_ranks
+
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -52,3 +54,24 @@ def test_packed_rows_begin_documents_at_zero() -> None:
     assert found is not None
     assert found.shape == (1, 2048)
     assert int((found == 0).sum()) == ROWS["b1 packed"].documents
+
+
+def test_what_several_gpus_take_is_planned_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    tuning_ranks.check()
+    rows = {row["row"]: row for row in printed(capsys)}
+    assert list(rows) == [name for name, *_ in tuning_ranks.PLANNED]
+    alone, together = rows["8b alone"], rows["8b data parallel"]
+    assert alone["planned_gb"] == together["planned_gb"]
+    assert alone["planned_comm_gb"] == 0
+    assert together["planned_comm_gb"] == rows["8b sharded"]["planned_comm_gb"] > 0
+    assert rows["8b sharded"]["planned_gb"] < alone["planned_gb"]
+    assert rows["70b sharded"]["planned_gb"] < 35
+
+
+def test_ranks_that_no_launcher_started_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(tuning_ranks, "outside_bytes", lambda: 0)
+    assert tuning_ranks.main() == 1
+    assert "torchrun" in printed(capsys)[0]["skipped"]

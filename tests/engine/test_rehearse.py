@@ -87,7 +87,7 @@ def test_a_checkpoint_that_is_quantized_already_is_not_rehearsed(tmp_path: Path)
     edit_json(folder / "config.json", quantization_config=settings)
     for weights in folder.glob("*.safetensors*"):
         weights.unlink()
-    with pytest.raises(NotRunnableError, match="--format llm-int8"):
+    with pytest.raises(NotRunnableError, match="--format int8"):
         rehearse(folder)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from oomproof.errors import InputError, PlanDoesNotFitError
 from oomproof.formats import DType
+from oomproof.memory.sharding import cut_layers
 from oomproof.memory.training import host_bytes, kept_within, training_memory
 from oomproof.memory.training_buffers import (
     PHASES,
@@ -129,7 +130,13 @@ def test_offloaded_checkpoints_take_host_memory() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for change in ({"tokens": 0}, {"rank": 0}, {"targets": ()}, {"targets": ("lm_head",)}):
+    for change in (
+        {"tokens": 0},
+        {"rank": 0},
+        {"ranks": 0},
+        {"targets": ()},
+        {"targets": ("lm_head",)},
+    ):
         with pytest.raises(InputError):
             replace(SHAPE, **change)
     with pytest.raises(InputError, match="adam"):
@@ -137,3 +144,41 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="no phase"):
         phase_buffers(EIGHT, SHAPE, "sleep")
     assert len(set(PHASES)) == 5
+
+
+def test_ranks_that_share_a_base_hold_a_part_of_each_layer() -> None:
+    spec = spec_of("llama-3.1-70b")
+    shape = TrainingShape(tokens=2048, positions=2048, sequences=1)
+    alone = training_memory(spec, shape)
+    assert alone.gathered == alone.comm == 0
+    assert alone.allocated_bytes == alone.peak_bytes
+    ends = sum(tensor.numel for tensor in spec.tensors if tensor.layer is None) * 2
+    layers = alone.weights - ends
+    for ranks in (2, 3, 8):
+        shared = training_memory(spec, replace(shape, ranks=ranks, sharded=True))
+        part = shared.weights - ends
+        assert layers / ranks <= part < layers / ranks + 80 * 256
+        # Two whole layers, one at work and one on its way.
+        assert shared.gathered == 2 * ranks * part // 80
+        assert shared.comm > 0
+        assert shared.allocated_bytes == shared.peak_bytes - shared.comm
+    together = training_memory(spec, replace(shape, ranks=2))
+    assert together.peak_bytes == alone.peak_bytes + together.comm
+    one = replace(shape, ranks=1, sharded=True)
+    assert training_memory(spec, one) == alone
+
+
+def test_a_70b_that_two_ranks_share_trains_on_gpus_of_32_gb() -> None:
+    spec = spec_of("llama-3.1-70b")
+    shape = TrainingShape(tokens=2048, positions=2048, sequences=1, ranks=2, sharded=True)
+    assert training_memory(spec, kept_within(spec, shape, 32 * GB)).peak_bytes <= 32 * GB
+    with pytest.raises(PlanDoesNotFitError, match="or share the layers"):
+        kept_within(spec, replace(shape, sharded=False), 32 * GB)
+
+
+def test_layers_are_cut_by_the_largest_in_whole_alignments() -> None:
+    cut = cut_layers([1000, 5000, 300], 3)
+    assert cut.part_bytes == 1792
+    assert cut.gathered_bytes == 3 * 1792
+    assert cut.parts_bytes == 3 * 1792
+    assert cut.buffers_bytes == 2 * 3 * 1792

@@ -21,6 +21,7 @@ from oomproof.models.catalog import find
 from oomproof.models.spec import ModelSource, ModelSpec
 from oomproof.tuning import adapters, core, frozen, model
 from oomproof.tuning.attention import Flash
+from oomproof.tuning.distributed import Ranks
 from oomproof.tuning.model import LoraSettings
 
 META = torch.device("meta")
@@ -75,11 +76,29 @@ def spec_of(name: str) -> ModelSpec:
     return build_spec(config, id=name, source=source, file="config.json")
 
 
+class Arrived:
+    """Nothing travels on the meta device."""
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture
+def nothing_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "agree", lambda *_: None)
+    monkeypatch.setattr(Ranks, "sum", lambda *_: Arrived())
+    monkeypatch.setattr(Ranks, "gather", lambda *_: Arrived())
+    monkeypatch.setattr(model, "check_alike", lambda *_: True)
+
+
 def peak_of(spec: ModelSpec, shape: TrainingShape, lora: LoraSettings) -> int:
     """Of two steps, weights and all."""
     tracked = Tracked()
+    ranks = Ranks(rank=shape.ranks - 1, size=shape.ranks)
     with tracked, torch.autograd.set_multithreading_enabled(False):
-        weights = frozen.FrozenModel(spec, shape.format, DType.BFLOAT16, META)
+        weights = frozen.FrozenModel(
+            spec, shape.format, DType.BFLOAT16, META, ranks=ranks, sharded=shape.sharded
+        )
         trained = model.training_model_on(weights, spec, lora, shape)
         ids = torch.randint(0, 1000, (shape.tokens // shape.positions, shape.positions))
         for _ in range(2):
@@ -115,3 +134,19 @@ def test_a_step_allocates_what_was_planned(
     largest = max(phase_layout(spec, shape, phase).size_bytes for phase in PHASES)
     unseen = attention_grad_bytes(spec, shape) if terms.workspace > 1.01 * largest else 0
     assert planned - unseen < 1.01 * peak
+
+
+@pytest.mark.usefixtures("nothing_travels")
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_step_of_several_ranks_allocates_what_was_planned(sharded: bool, ranks: int) -> None:
+    spec = spec_of("llama-3.1-8b")
+    shape = replace(SHAPE, ranks=ranks, sharded=sharded)
+    terms = training_memory(spec, shape, optimizer="none")
+    planned = terms.allocated_bytes - terms.libraries - terms.rounding
+    peak = peak_of(spec, shape, LoraSettings())
+    assert planned * 0.94 < peak <= planned
+    weights = frozen.FrozenModel(
+        spec, shape.format, DType.BFLOAT16, META, ranks=Ranks(size=ranks), sharded=sharded
+    )
+    assert weights.memory.nbytes == terms.weights + terms.gathered

@@ -325,3 +325,14 @@ def test_a_limit_is_spent_on_activations_or_refused() -> None:
         ours(TINY, limit_bytes=least - 1)
     with pytest.raises(InputError, match="both"):
         ours(TINY, limit_bytes=least, kept=Kept())
+
+
+def test_a_model_stays_where_its_parameters_are_views_of_one_tensor() -> None:
+    model = ours(TINY)
+    assert model.to("cpu:0") is model
+    assert model.float() is model
+    place = model._adapters.values.untyped_storage().data_ptr()
+    assert all(one.untyped_storage().data_ptr() == place for one in model.parameters())
+    for move in (model.half, lambda: model.to("meta")):
+        with pytest.raises(InputError, match="build it there"):
+            move()

@@ -7,7 +7,9 @@ from math import prod
 
 from oomproof.errors import InputError, PlanDoesNotFitError
 from oomproof.formats import get_format
-from oomproof.memory.arena import lay_out
+from oomproof.memory.arena import ALIGNMENT_BYTES, lay_out
+from oomproof.memory.model import unit_of
+from oomproof.memory.sharding import COMM_BYTES, Sharding, cut_layers
 from oomproof.memory.training_buffers import (
     ALLOCATION_BYTES,
     allocated,
@@ -33,9 +35,12 @@ KEPT_IN_ORDER = ("attention", "mid", "qkv", "gate_up")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingTerms:
-    """Bytes of a step's peak, by what they are for, as torch's allocator counts them."""
+    """Bytes of a step's peak on each rank, by what they are for."""
 
     weights: int
+    """Frozen ones that are held: of several ranks, each may hold a part of every layer."""
+    gathered: int
+    """Where the parts of a layer come together."""
     adapters: int
     """Their float32 parameters."""
     gradients: int
@@ -52,11 +57,18 @@ class TrainingTerms:
     batch: int
     libraries: int
     rounding: int
+    comm: int
+    """NCCL's buffers: an estimate, and the one term that torch's allocator does not count."""
 
     @property
     def peak_bytes(self) -> int:
-        """All of them: torch.cuda.max_memory_allocated stays below."""
+        """All of them."""
         return sum(asdict(self).values())
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch counts of them: torch.cuda.max_memory_allocated stays below."""
+        return self.peak_bytes - self.comm
 
 
 _8BIT_STATE = 2.0 + 8 / 256
@@ -96,8 +108,10 @@ def training_memory(
     static = {buffer.name: buffer.size_bytes for buffer in static_buffers(spec, shape)}
     kept = sum(size for name, size in static.items() if name.startswith("kept."))
     named = static["checkpoints"] + static["scratch"] + kept
+    cut = sharding_of(spec, shape)
     return TrainingTerms(
         weights=weights_bytes(spec, shape),
+        gathered=0 if cut is None else cut.buffers_bytes,
         adapters=allocated(4 * trained),
         gradients=allocated(4 * trained),
         optimizer=_optimizer_bytes(spec, shape, optimizer),
@@ -109,6 +123,7 @@ def training_memory(
         batch=shape.tokens * _BATCH_BYTES + 16 * ALLOCATION_BYTES,
         libraries=_CUBLAS_BYTES,
         rounding=_LARGE_ALLOCATIONS * _ROUNDING_BYTES,
+        comm=COMM_BYTES if shape.ranks > 1 else 0,
     )
 
 
@@ -133,12 +148,30 @@ def _optimizer_bytes(spec: ModelSpec, shape: TrainingShape, optimizer: str) -> i
 
 
 def weights_bytes(spec: ModelSpec, shape: TrainingShape) -> int:
-    """Frozen weights: linears in their format, all else in the compute dtype."""
+    """Frozen weights on a rank: linears in their format, all else in the compute dtype.
+
+    Embedding, last norm and head are whole on every rank.
+    """
+    first, *layers, last = _units_bytes(spec, shape)
+    cut = sharding_of(spec, shape)
+    return first + last + (sum(layers) if cut is None else cut.parts_bytes)
+
+
+def sharding_of(spec: ModelSpec, shape: TrainingShape) -> Sharding | None:
+    """How layers are cut; None where every rank holds them whole."""
+    if not shape.is_sharded:
+        return None
+    return cut_layers(_units_bytes(spec, shape)[1:-1], shape.ranks)
+
+
+def _units_bytes(spec: ModelSpec, shape: TrainingShape) -> list[int]:
+    """Of the embedding, each layer, and norm and head."""
     weight_format, linear = get_format(shape.format), frozenset({Role.LINEAR})
-    return sum(
-        stored(tensor, weight_format, shape.compute_dtype, linear).allocated_bytes(256)
-        for tensor in spec.tensors
-    )
+    found = [0] * (spec.num_hidden_layers + 2)
+    for tensor in spec.tensors:
+        held = stored(tensor, weight_format, shape.compute_dtype, linear)
+        found[unit_of(tensor, spec)] += held.allocated_bytes(ALIGNMENT_BYTES)
+    return found
 
 
 def kept_within(
@@ -162,7 +195,8 @@ def kept_within(
             f"a step of {shape.tokens:,} tokens takes {format_bytes(peak)}, "
             f"the limit is {format_bytes(limit_bytes)}",
             shortfall_bytes=peak - limit_bytes,
-            remedy="train shorter sequences, or fewer at once, or a lower rank",
+            remedy="train shorter sequences, or fewer at once, or a lower rank"
+            + ("" if shape.is_sharded or shape.ranks == 1 else ", or share the layers"),
         )
     for name in KEPT_IN_ORDER:
         low, high = 0, spec.num_hidden_layers

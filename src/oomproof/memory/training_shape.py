@@ -58,9 +58,18 @@ class TrainingShape:
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES
     offload_checkpoints: bool = False
     """Whether the inputs of layers wait in page-locked host memory."""
+    ranks: int = 1
+    """Processes that train together, each on a device and on batches of its own."""
+    sharded: bool = False
+    """Whether each of them holds a part of every frozen layer, and not all of it."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether layers are cut: of one rank they are not."""
+        return self.sharded and self.ranks > 1
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "positions", "rank"):
+        for name in ("tokens", "positions", "rank", "ranks"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be at least 1")
         unknown = [name for name in self.targets if name not in ALL_LINEARS]

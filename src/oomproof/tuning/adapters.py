@@ -162,6 +162,18 @@ class Adapters:
                 assert parameter.grad is not None
                 parameter.grad.addcmul_(part, scale)
 
+    def adopt_grads(self, layer: int) -> None:
+        """Makes the gradients of a layer's parameters, where there are any, views of `grads`."""
+        grads, parameters = self.grads[layer], self.parameters[layer]
+        if all(parameter.grad is None for parameter in parameters.values()):
+            return
+        for place in self.places:
+            parameter, into = parameters[place.name], _view(grads, place)
+            if parameter.grad is None:
+                parameter.grad = into.zero_()
+            elif not _shares(parameter.grad, grads):
+                parameter.grad = into.copy_(parameter.grad)
+
 
 def _rows_of(spec: ModelSpec) -> dict[str, int]:
     return {name: shape[0] for name, shape in linear_shapes(spec).items()}

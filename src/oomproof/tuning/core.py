@@ -21,12 +21,14 @@ from oomproof.memory.training_shape import TrainingShape, widths_of
 from oomproof.models.spec import ModelSpec
 from oomproof.tuning.adapters import Adapters
 from oomproof.tuning.attention import Documents, choose_attention
+from oomproof.tuning.averaging import GradientAverage
 from oomproof.tuning.frozen import FrozenModel
 from oomproof.tuning.layer import LayerPasses, Step
 from oomproof.tuning.layer_inputs import Checkpoints, OffloadedCheckpoints
 from oomproof.tuning.loss import HeadLoss
 from oomproof.tuning.settings import LoraSettings
 
+_RANK_STEP = 0x85EBCA6B
 IGNORED = -100
 """The label of a token that does not count, as transformers has it."""
 
@@ -105,6 +107,11 @@ class TrainingCore:
         self._loss = HeadLoss(spec, forward, shape, model, buffers["losses"])
         self._passes_begun = 0
         self._step: Step | None = None
+        ranks = model.ranks
+        self._rank_seed = ranks.rank * _RANK_STEP
+        self._average = GradientAverage(adapters, ranks) if ranks.size > 1 else None
+        self.averages = True
+        """Whether a backward pass ends with gradients that are averaged over ranks."""
 
     def prepare(
         self,
@@ -154,8 +161,7 @@ class TrainingCore:
             tokens=tokens,
             positions=positions,
             documents=documents,
-            # torch's own generator: its state is in checkpoints of a training that goes on later.
-            seed=int(torch.randint(0x7FFFFFFF, ())) if drops else 0,
+            seed=self._drawn_seed() if drops else 0,
             drops=drops,
             trains=torch.is_grad_enabled(),
         )
@@ -166,6 +172,11 @@ class TrainingCore:
             scale=scale,
             step=step,
         )
+
+    def _drawn_seed(self) -> int:
+        """Of a step's dropout: another on each rank, whose generators may be seeded alike."""
+        # torch's own generator: its state is in checkpoints of a training that goes on later.
+        return (int(torch.randint(0x7FFFFFFF, ())) + self._rank_seed) & 0x7FFFFFFF
 
     def _check_values(
         self, ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
@@ -209,7 +220,7 @@ class TrainingCore:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The loss; leaves the gradient of the last hidden states where a backward pass follows."""
-        step, layers = batch.step, self._model.layers
+        step, count = batch.step, len(self._model.layers)
         tokens = step.tokens
         self._passes_begun += 1
         self._step = step if step.trains else None
@@ -218,8 +229,9 @@ class TrainingCore:
         torch.index_select(self._model.embedding, 0, batch.ids, out=x)
         if self._forward.embedding_multiplier != 1:
             x.mul_(self._forward.embedding_multiplier)
-        for number, weights in enumerate(layers):
-            is_last = number == len(layers) - 1
+        for number in range(count):
+            is_last = number == count - 1
+            weights = self._model.take(number, None if is_last else number + 1)
             out = self._grad[:tokens] if is_last else self._checkpoints.place(number + 1, tokens)
             self._passes.forward(number, weights, step, x, out)
             if step.trains:
@@ -241,6 +253,7 @@ class TrainingCore:
 
         Raises:
             RuntimeError: Another forward pass has begun since, or this was done before.
+            RankError: Another rank is gone.
         """
         step = self._step
         if step is None or begun != self._passes_begun:
@@ -252,12 +265,22 @@ class TrainingCore:
         tokens = step.tokens
         grad = self._grad[:tokens]
         scale = grad_loss.detach().float().view(1)
+        average = self._average if self.averages else None
+        if average is not None:
+            average.begin()
         for number in reversed(range(len(self._model.layers))):
             x = self._checkpoints.saved(number, tokens)
-            self._passes.backward(number, self._model.layers[number], step, x, grad)
+            weights = self._model.take(number, number - 1 if number else None)
+            self._passes.backward(number, weights, step, x, grad)
+            if average is not None:
+                average.adopt(number)
             # In float32 only here, where hidden states have fewer bits.
             self._adapters.take_grads(number, self._found, scale)
+            if average is not None:
+                average.done(number)
             self._checkpoints.done(number, tokens)
+        if average is not None:
+            average.finish()
 
 
 class TrainingStep(torch.autograd.Function):

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from oomproof.engine.native.layout import Block, Held, lay_out_block, name_in_layer
 from oomproof.engine.native.linears import Linear, Projection, TiledLinears
-from oomproof.engine.native.load import refuse_another_head
-from oomproof.engine.native.stored import StoredWeights
 from oomproof.engine.native.weights import Parameter, projection
-from oomproof.errors import CheckpointError, NotRunnableError
+from oomproof.errors import NotRunnableError
 from oomproof.formats import DType, get_format
-from oomproof.loading.pipeline import load_checkpoint, load_random
-from oomproof.loading.targets import LoadProgress, LoadReport, Target, is_computed_buffer
+from oomproof.loading.targets import LoadProgress, LoadReport
 from oomproof.memory.model import unit_of
+from oomproof.memory.sharding import cut_layers
 from oomproof.memory.training_buffers import SLICE_ROWS
 from oomproof.memory.training_shape import PROJECTIONS
 from oomproof.memory.weights import stored
 from oomproof.models.spec import ModelSpec, Role
 from oomproof.quantization.handlers import Int4, Plain, Table4bit, handler
 from oomproof.quantization.tiled import TiledSet
-
-_HEAD = "lm_head.weight"
+from oomproof.tuning.distributed import ALONE, Ranks
+from oomproof.tuning.filling import fill_frozen
+from oomproof.tuning.sharded import ShardedLayers
 
 
 class FrozenWeight:
@@ -181,23 +180,32 @@ class FrozenLayer:
 
 
 class FrozenModel:
-    """All weights of a model on one device, in one allocation.
+    """All weights of a model on one device, in one allocation; or, sharded, a rank's part of them.
 
     Args:
         spec: The model.
         format_name: Of its linears.
         dtype: Of all else.
         device: Where it lives.
+        ranks: The processes that train it together.
+        sharded: Whether each of them holds a part of every layer; what is no layer is whole.
 
     Raises:
         NotRunnableError: The decoder is none that is trained here, or the format.
     """
 
     def __init__(
-        self, spec: ModelSpec, format_name: str, dtype: DType, device: torch.device
+        self,
+        spec: ModelSpec,
+        format_name: str,
+        dtype: DType,
+        device: torch.device,
+        *,
+        ranks: Ranks = ALONE,
+        sharded: bool = False,
     ) -> None:
         check_trainable(spec, format_name)
-        self._spec = spec
+        self._spec, self.ranks = spec, ranks
         weight_format, roles = get_format(format_name), frozenset({Role.LINEAR})
         units: list[list[Held]] = [[] for _ in range(spec.num_hidden_layers + 2)]
         for tensor in spec.tensors:
@@ -205,82 +213,63 @@ class FrozenModel:
             units[unit_of(tensor, spec)].append((tensor, held))
         tiled = device.type == "cuda"
         blocks = [lay_out_block(unit, format_name, tiled=tiled) for unit in units]
-        self.memory = torch.empty(
-            sum(block.size_bytes for block in blocks), dtype=torch.uint8, device=device
-        )
-        places, first = [], 0
-        for block in blocks:
-            places.append(self.memory[first : first + block.size_bytes])
-            first += block.size_bytes
-        self._parameters = [
-            Parameter(placed, place)
+        first, *layers, last = [block.size_bytes for block in blocks]
+        cut = cut_layers(layers, ranks.size) if sharded and ranks.size > 1 else None
+        of_layers = sum(layers) if cut is None else cut.parts_bytes + cut.buffers_bytes
+        self.memory = torch.empty(first + of_layers + last, dtype=torch.uint8, device=device)
+        start, middle, end = self.memory.split([first, of_layers, last])
+        self.sharded = None if cut is None else ShardedLayers(middle, cut, ranks)
+        """None where all layers are here."""
+        places = list(middle.split(layers)) if cut is None else []
+        if self.sharded is not None:
+            places = [self.sharded.place(number) for number in range(len(layers))]
+        places = [start, *places, end]
+        self._units = [
+            [Parameter(placed, place) for placed in block.placed]
             for block, place in zip(blocks, places, strict=True)
-            for placed in block.placed
         ]
         compute: torch.dtype = getattr(torch, dtype.value)
         self.layers = [
             FrozenLayer(block, place, compute)
             for block, place in zip(blocks[1:-1], places[1:-1], strict=True)
         ]
+        """Views of where a layer's weights are while it is taken."""
         ends = {
             parameter.placed.spec.role: parameter.tensor
-            for parameter in self._parameters
-            if parameter.placed.spec.layer is None
+            for unit in (self._units[0], self._units[-1])
+            for parameter in unit
         }
         self.embedding = ends[Role.EMBEDDING]
         self.final_norm = ends[Role.NORM]
         self.head = ends[Role.EMBEDDING if spec.tie_word_embeddings else Role.HEAD]
+
+    def take(self, layer: int, following: int | None) -> FrozenLayer:
+        """A layer, whose weights are there for what is launched until the next one is taken.
+
+        Args:
+            layer: Its index.
+            following: The one that is taken next, a neighbour; None for none.
+        """
+        if self.sharded is not None:
+            self.sharded.take(layer, following)
+        return self.layers[layer]
 
     def load(
         self, folder: Path | None, *, seed: int, progress: LoadProgress | None = None
     ) -> LoadReport:
         """Brings the weights of a checkpoint, or random ones where there is no folder.
 
-        Raises:
-            CheckpointError: A damaged file, or a value that is not finite.
-            LoadError: Parameters missing, unexpected or mis-shaped.
+        See tuning.filling.fill_frozen.
         """
-        spec, checkpoint = self._spec, self._spec.checkpoint
-        if folder is None:
-            return self._fill(
-                lambda targets: load_random(spec, targets, progress=progress, seed=seed),
-                held=None,
-                made_up=True,
-            )
-        if checkpoint is None:
-            raise CheckpointError(str(folder), "holds no safetensors files")
-        tied = {_HEAD} if spec.tie_word_embeddings else set()
-        if tied:
-            refuse_another_head(folder, checkpoint)
-        quantized = spec.checkpoint_quantization
-        return self._fill(
-            lambda targets: load_checkpoint(
-                folder,
-                checkpoint,
-                targets,
-                progress=progress,
-                ignored=lambda name: is_computed_buffer(name) or name in tied,
-            ),
-            held=StoredWeights(folder, checkpoint, quantized) if quantized else None,
-            made_up=False,
+        return fill_frozen(
+            self._spec,
+            self._units,
+            folder,
+            device=self.memory.device,
+            seed=seed,
+            progress=progress,
+            sharded=self.sharded,
         )
-
-    def _fill(
-        self,
-        fill: Callable[[Sequence[Target]], LoadReport],
-        *,
-        held: StoredWeights | None,
-        made_up: bool,
-    ) -> LoadReport:
-        sizes = [parameter.placed.workspace_numel for parameter in self._parameters]
-        workspace = torch.empty(max(sizes), dtype=torch.float32, device=self.memory.device)
-        targets: list[Target] = []
-        for parameter in self._parameters:
-            if held is not None and parameter.placed.held.quantized:
-                targets += held.targets(parameter)
-            else:
-                targets.append(parameter.target(workspace, made_up=made_up))
-        return fill(targets)
 
 
 def check_trainable(spec: ModelSpec, format_name: str) -> None:

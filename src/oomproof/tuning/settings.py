@@ -69,3 +69,6 @@ class TrainingOptions:
     """Where weights are dequantized to; a larger projection is multiplied in slices."""
     loss_tokens: int = 0
     """Tokens whose logits exist at once; 0 for a choice."""
+    sharded: bool = False
+    """Whether each of several ranks holds a part of every frozen layer: for bases that are larger
+    than a GPU. Layers travel between ranks in every pass; embedding and head stay whole."""
