@@ -6,8 +6,9 @@ Llama 3.1's shapes with random weights made on the device, the same for both sid
 linears of nf4-dq weights. A row is a batch, a sequence and what of ours is varied: its peak is
 torch.cuda.max_memory_allocated, its speed the median of timed steps, optimizer included, after
 some to warm up; ours are listed with the plan's peak. `curve` trains both on the same data from the
-same adapters. Profiles go to files. A row that fails is reported, and the rest goes on. `--rows
-ranks`, started by torchrun, is benchmarks/tuning_ranks.py.
+same adapters, each twice, and the peer without its float32 copies too: some batches over and over,
+and ever new text of a random language. Profiles go to files. A row that fails is reported, and the
+rest goes on. `--rows ranks`, started by torchrun, is benchmarks/tuning_ranks.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,13 @@ WARM, TIMED = 3, 8
 VOCAB = 100_000
 PROFILED = ("b1 in 9 GB", "b4 in 13 GB")
 GROUPS = ("ours", "peer", "curve", "profile", "70b")
+COMPARED = (
+    ("ours", "ours again"),
+    ("the peer", "the peer again"),
+    ("ours", "the peer"),
+    ("the peer in 16 bits", "the peer"),
+)
+"""The first two are noise, which the others are measured by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +75,20 @@ ROWS = {
     "b4 in 13 GB": Row(batch=4, sequence=2048, limit_gb=13),
     "8k in 13 GB": Row(batch=1, sequence=8192, limit_gb=13),
     "b1": Row(batch=1, sequence=2048),
-    "b1 cudnn": Row(batch=1, sequence=2048, attention="cudnn"),
+    "b1 flash": Row(batch=1, sequence=2048, attention="flash"),
+    "64 tokens": Row(batch=1, sequence=64),
     "b1 nothing kept": Row(batch=1, sequence=2048, kept=Kept()),
     "b1 all kept": Row(batch=1, sequence=2048, limit_gb=60),
     "b1 offloaded": Row(batch=1, sequence=2048, offload=True),
     "b1 scratch 64 MiB": Row(batch=1, sequence=2048, scratch_mib=64),
     "b1 8-bit paged": Row(batch=1, sequence=2048, optimizer="adamw-paged"),
     "b1 packed": Row(batch=1, sequence=2048, documents=7),
-    "b4 cudnn": Row(batch=4, sequence=2048, attention="cudnn", limit_gb=13),
+    "b4 flash": Row(batch=4, sequence=2048, attention="flash", limit_gb=13),
     "b4 nothing kept": Row(batch=4, sequence=2048, kept=Kept()),
     "b4 all kept": Row(batch=4, sequence=2048, limit_gb=90),
+    "b4 all kept flash": Row(batch=4, sequence=2048, limit_gb=90, attention="flash"),
     "b4 offloaded": Row(batch=4, sequence=2048, offload=True),
-    "8k cudnn": Row(batch=1, sequence=8192, limit_gb=13, attention="cudnn"),
+    "8k flash": Row(batch=1, sequence=8192, limit_gb=13, attention="flash"),
 }
 ROWS_70B = {
     "70b in 48 GB": Row(batch=1, sequence=2048, limit_gb=48),
@@ -203,8 +213,14 @@ def ours(spec: ModelSpec, frozen: FrozenModel, name: str, row: Row) -> None:
     )
 
 
-def peer_of(spec: ModelSpec) -> Any:
-    """The recipe: transformers, bitsandbytes and peft, with the same weights as ours."""
+def peer_of(spec: ModelSpec, *, upcast: bool = True) -> Any:
+    """The recipe: transformers, bitsandbytes and peft, with the same weights as ours.
+
+    Args:
+        spec: The model.
+        upcast: Whether norms, embedding and head become float32, as peft's function makes them, and
+            so the sum of all layers' updates.
+    """
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -247,12 +263,17 @@ def peer_of(spec: ModelSpec) -> Any:
         del values
     rotary = type(model.model.rotary_emb)(config=config)
     model.model.rotary_emb = rotary.to(device)
-    model.is_loaded_in_4bit = True  # else peft skips checkpointing
-    model = prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
+    checkpointing = {"use_reentrant": False}
+    if upcast:
+        model.is_loaded_in_4bit = True  # else peft skips checkpointing
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=True,
+            gradient_checkpointing_kwargs=checkpointing,
+        )
+    else:
+        model.requires_grad_(False)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     settings = LoraConfig(
         r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -292,20 +313,56 @@ def peer(spec: ModelSpec, model: Any, batch: int, sequence: int) -> None:
     )
 
 
-def batches(count: int = 20, batch: int = 2, sequence: int = 512) -> Iterator[torch.Tensor]:
-    """Five batches over and over, of few words, so that there is something to learn."""
+def repeated(batch: int, sequence: int, count: int = 20) -> list[torch.Tensor]:
+    """Five batches of noise over and over, to be learnt by heart."""
     generator = torch.Generator().manual_seed(7)
-    made = torch.randint(5, 3000, (5, batch, sequence), generator=generator)
-    for number in range(count):
-        yield made[number % len(made)].to("cuda")
+    made = torch.randint(5, WORDS, (5, batch, sequence), generator=generator)
+    return [made[number % len(made)] for number in range(count)]
+
+
+def fresh(batch: int, sequence: int, count: int = 40) -> list[torch.Tensor]:
+    """Ever new text of a language in which each word has but some words that follow it."""
+    generator = torch.Generator().manual_seed(8)
+    following = torch.randint(5, WORDS, (WORDS, FOLLOWING), generator=generator)
+    # The first ones more often.
+    likely = 1 / torch.arange(1, FOLLOWING + 1, dtype=torch.float64)
+    made = torch.empty(count * batch, sequence, dtype=torch.int64)
+    word = torch.randint(5, WORDS, (len(made),), generator=generator)
+    for place in range(sequence):
+        made[:, place] = word
+        drawn = torch.multinomial(likely, len(made), replacement=True, generator=generator)
+        word = following[word, drawn]
+    return list(made.view(count, batch, sequence))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What both sides are trained on."""
+
+    batches: Callable[[int, int], list[torch.Tensor]]
+    rate: float
+    batch: int = 2
+    sequence: int = 512
+
+
+WORDS, FOLLOWING = 3000, 8
+LESSONS = {
+    "repeated": Lesson(batches=repeated, rate=1e-3),
+    "fresh": Lesson(batches=fresh, rate=2e-4),
+}
+Curves = dict[tuple[str, str], list[float]]
+"""(lesson, who) → losses of its steps."""
 
 
 def curve(
-    step: Callable[[torch.Tensor], torch.Tensor], parameters: list[torch.nn.Parameter]
+    step: Callable[[torch.Tensor], torch.Tensor],
+    parameters: list[torch.nn.Parameter],
+    lesson: Lesson,
 ) -> list[float]:
-    optimizer = optimizer_of("adamw", parameters, rate=1e-3)
+    optimizer = optimizer_of("adamw", parameters, rate=lesson.rate)
     losses = []
-    for ids in batches():
+    for made in lesson.batches(lesson.batch, lesson.sequence):
+        ids = made.to("cuda")
         loss = step(ids)
         loss.backward()
         optimizer.step()
@@ -314,10 +371,10 @@ def curve(
     return [float(loss) for loss in losses]
 
 
-def our_curve(spec: ModelSpec, frozen: FrozenModel, attention: str = "auto") -> list[float]:
-    shape = shape_for(spec, Row(batch=2, sequence=512))
-    model = training_model_on(frozen, spec, LORA, shape, attention=attention)
-    return curve(lambda ids: model(ids, ids).loss, list(model.parameters()))
+def our_curve(spec: ModelSpec, frozen: FrozenModel, lesson: Lesson) -> list[float]:
+    shape = shape_for(spec, Row(batch=lesson.batch, sequence=lesson.sequence))
+    model = training_model_on(frozen, spec, LORA, shape)
+    return curve(lambda ids: model(ids, ids).loss, list(model.parameters()), lesson)
 
 
 def adapters_of(spec: ModelSpec, frozen: FrozenModel) -> dict[str, torch.Tensor]:
@@ -326,7 +383,7 @@ def adapters_of(spec: ModelSpec, frozen: FrozenModel) -> dict[str, torch.Tensor]
     return {name: value.detach().cpu() for name, value in model.named_parameters()}
 
 
-def peer_curve(model: Any, adapters: dict[str, torch.Tensor]) -> list[float]:
+def peer_curve(model: Any, adapters: dict[str, torch.Tensor], lesson: Lesson) -> list[float]:
     found = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -339,18 +396,31 @@ def peer_curve(model: Any, adapters: dict[str, torch.Tensor]) -> list[float]:
             loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
         return loss
 
-    return curve(step, [one for one in model.parameters() if one.requires_grad])
+    return curve(step, [one for one in model.parameters() if one.requires_grad], lesson)
 
 
-def compare(name: str, one: list[float], other: list[float]) -> None:
-    differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
-    say(
-        row=name,
-        first=[round(loss, 5) for loss in one],
-        second=[round(loss, 5) for loss in other],
-        largest_difference=max(differences),
-        mean_difference=statistics.fmean(differences),
-    )
+def compare(curves: Curves) -> None:
+    """Says how far apart they are, and whether that is more than noise."""
+    for lesson in LESSONS:
+        means = {}
+        for one, other in COMPARED:
+            if (lesson, one) not in curves or (lesson, other) not in curves:
+                continue
+            pair = curves[lesson, one], curves[lesson, other]
+            differences = [a - b for a, b in zip(*pair, strict=True)]
+            sizes = [abs(difference) for difference in differences]
+            means[one, other] = statistics.fmean(sizes)
+            noise = [means[twice] for twice in COMPARED[:2] if twice in means]
+            judged = (one, other) not in COMPARED[:2] and len(noise) == 2
+            say(
+                row=f"curve, {lesson}: {one} and {other}",
+                first=[round(loss, 5) for loss in pair[0]],
+                second=[round(loss, 5) for loss in pair[1]],
+                largest_difference=max(sizes),
+                mean_difference=means[one, other],
+                mean_signed_difference=statistics.fmean(differences),
+                within_noise=means[one, other] <= 2 * max(noise) if judged else None,
+            )
 
 
 def profile(spec: ModelSpec, frozen: FrozenModel, name: str, row: Row, out: Path) -> None:
@@ -432,40 +502,50 @@ def eight(rows: Rows, groups: set[str], only: list[str], out: Path) -> None:
             rows.run(name, partial(ours, spec, frozen, name, row))
     for name in PROFILED if "profile" in groups else ():
         rows.run(f"profile {name}", partial(profile, spec, frozen, name, ROWS[name], out))
-    mine = adapters = None
+    curves: Curves = {}
+    adapters = None
     if "curve" in groups:
-        mine = rows.run("our curve", partial(our_curve, spec, frozen))
-        again = rows.run("our curve again", partial(our_curve, spec, frozen))
         adapters = rows.run("adapters", partial(adapters_of, spec, frozen))
-        if mine and again:
-            compare("curve, ours twice", mine, again)
+        for name, lesson in LESSONS.items():
+            for who in ("ours", "ours again"):
+                losses = rows.run(f"{who}, {name}", partial(our_curve, spec, frozen, lesson))
+                if losses:
+                    curves[name, who] = losses
     frozen.memory.untyped_storage().resize_(0)
     free()
     if groups & {"peer", "curve"}:
-        beside(rows, spec, groups, mine, adapters)
+        beside(rows, spec, groups, curves, adapters)
+    compare(curves)
 
 
 def beside(
     rows: Rows,
     spec: ModelSpec,
     groups: set[str],
-    mine: list[float] | None,
+    curves: Curves,
     adapters: dict[str, torch.Tensor] | None,
 ) -> None:
     """The peer's figures, and its losses beside ours."""
-    model = rows.run("load the peer", partial(peer_of, spec))
-    if model is None:
-        return
-    for batch, sequence in PEER if "peer" in groups else ():
-        rows.run(f"peer b{batch} {sequence}", partial(peer, spec, model, batch, sequence))
-    if mine is None or adapters is None:
-        return
-    theirs = rows.run("peer's curve", partial(peer_curve, model, adapters))
-    other = rows.run("peer's curve again", partial(peer_curve, model, adapters))
-    if theirs:
-        compare("curve, ours and the peer's", mine, theirs)
-    if theirs and other:
-        compare("curve, the peer's twice", theirs, other)
+    for upcast, names in (
+        (True, ("the peer", "the peer again")),
+        (False, ("the peer in 16 bits",)),
+    ):
+        if not upcast and adapters is None:
+            continue
+        model = rows.run(f"load {names[0]}", partial(peer_of, spec, upcast=upcast))
+        if model is None:
+            continue
+        for batch, sequence in PEER if upcast and "peer" in groups else ():
+            rows.run(f"peer b{batch} {sequence}", partial(peer, spec, model, batch, sequence))
+        if adapters is not None:
+            for name, lesson in LESSONS.items():
+                for who in names:
+                    work = partial(peer_curve, model, adapters, lesson)
+                    losses = rows.run(f"{who}, {name}", work)
+                    if losses:
+                        curves[name, who] = losses
+        del model
+        free()
 
 
 def seventy(rows: Rows) -> None:

@@ -27,9 +27,9 @@ from benchmarks.tuning import (
     VOCAB,
     Row,
     Rows,
-    batches,
     free,
     optimizer_of,
+    repeated,
     say,
     shape_for,
     spec_of,
@@ -162,10 +162,10 @@ def losses(spec: ModelSpec, frozen: FrozenModel) -> list[float]:
     model = training_model_on(frozen, spec, LORA, shape, attention="plain")
     optimizer = optimizer_of("adamw", list(model.parameters()), rate=1e-3)
     found = []
-    for number, made in enumerate(batches(5 * ranks.size)):
+    for number, made in enumerate(repeated(2, 512, 5 * ranks.size)):
         if number % ranks.size != ranks.rank:
             continue
-        ids = made % spec.vocab_size
+        ids = made.to(model.device) % spec.vocab_size
         loss = model(ids, ids).loss
         loss.backward()
         optimizer.step()

@@ -6,7 +6,20 @@ import json
 from typing import Any
 
 import pytest
-from benchmarks.tuning import ROWS, ROWS_70B, Rows, check, compare, positions_of
+import torch
+from benchmarks.tuning import (
+    FOLLOWING,
+    LESSONS,
+    ROWS,
+    ROWS_70B,
+    WORDS,
+    Rows,
+    check,
+    compare,
+    fresh,
+    positions_of,
+    repeated,
+)
 
 from benchmarks import tuning_ranks
 
@@ -43,9 +56,38 @@ def test_a_row_that_fails_is_reported_and_the_next_one_runs(
 
 
 def test_curves_are_compared_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
-    compare("curves", [3.0, 2.0], [3.5, 2.0])
+    compare({("fresh", "ours"): [3.0, 2.0], ("fresh", "the peer"): [3.5, 2.0]})
     [row] = printed(capsys)
+    assert row["row"] == "curve, fresh: ours and the peer"
     assert (row["largest_difference"], row["mean_difference"]) == (0.5, 0.25)
+    assert row["mean_signed_difference"] == -0.25
+    assert row["within_noise"] is None  # nothing says what noise is
+
+
+@pytest.mark.parametrize(("theirs", "within"), [(3.3, True), (3.5, False)])
+def test_a_difference_is_noise_up_to_twice_what_two_runs_differ_by(
+    theirs: float, within: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {"ours": 3.0, "ours again": 3.0, "the peer": theirs, "the peer again": theirs - 0.2}
+    compare({("repeated", who): [loss, 1.0] for who, loss in losses.items()})
+    rows = {row["row"]: row for row in printed(capsys)}
+    assert rows["curve, repeated: ours and the peer"]["within_noise"] is within
+    assert rows["curve, repeated: ours and ours again"]["within_noise"] is None
+
+
+def test_lessons_are_the_same_each_time_and_have_something_to_learn() -> None:
+    for lesson in LESSONS.values():
+        made, again = lesson.batches(2, 64), lesson.batches(2, 64)
+        assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
+        assert all(one.shape == (2, 64) and int(one.min()) >= 5 for one in made)
+        assert max(int(one.max()) for one in made) < WORDS
+    assert torch.equal(repeated(2, 8)[0], repeated(2, 8)[5])
+    text = torch.stack(fresh(2, 512))
+    assert len(text) == 40
+    assert not torch.equal(text[0], text[5])
+    pairs = torch.stack((text[..., :-1], text[..., 1:]), dim=-1).view(-1, 2)
+    words, together = len(pairs[:, 0].unique()), len(pairs.unique(dim=0))
+    assert together < FOLLOWING * words
 
 
 def test_packed_rows_begin_documents_at_zero() -> None:

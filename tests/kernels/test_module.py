@@ -13,7 +13,7 @@ import pytest
 
 from oomproof.errors import CudaError, MissingDependencyError
 from oomproof.kernels import cache, module, source
-from oomproof.kernels.module import Kernel, launch, load_modules
+from oomproof.kernels.module import Kernel, Launch, launch, load_modules
 from oomproof.kernels.source import Source, Variant
 from tests.kernels.programs import SCALE, Params, needs_nvrtc
 
@@ -123,6 +123,19 @@ def test_a_launch_says_what_it_was_told(driver: FakeDriver) -> None:
     assert driver.calls == [
         ("launch", (5, 6, 7), (128, 2, 1), 0, 0xABC, [], 0x1234, bytes(ARGUMENTS))
     ]
+
+
+def test_a_launch_that_is_described_once_goes_to_any_stream(driver: FakeDriver) -> None:
+    again = Launch(scale(), (5, 1, 1), (32, 1, 1), 0, ARGUMENTS, dependent=True)
+    driver.calls.clear()
+    for stream in (0, 0xABC, 0xABC):
+        again.put_on(stream)
+    assert [call[4] for call in driver.calls] == [0, 0xABC, 0xABC]
+    launch(scale(), (5, 1, 1), (32, 1, 1), 0, ARGUMENTS, 0xABC, dependent=True)
+    assert driver.calls[-1] == driver.calls[-3]
+    driver.result = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(CudaError, match="ILLEGAL_ADDRESS"):
+        again.put_on(0)
 
 
 def test_a_dependent_launch_says_so_where_the_gpu_can(driver: FakeDriver) -> None:

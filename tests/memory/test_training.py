@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from oomproof.errors import InputError, PlanDoesNotFitError
 from oomproof.formats import DType
@@ -12,12 +13,19 @@ from oomproof.memory.sharding import cut_layers
 from oomproof.memory.training import host_bytes, kept_within, training_memory
 from oomproof.memory.training_buffers import (
     PHASES,
+    allocated,
     loss_tokens,
     phase_buffers,
     scratch_bytes,
     workspace_bytes,
 )
-from oomproof.memory.training_shape import Kept, TrainingShape, adapter_numel, linear_shapes
+from oomproof.memory.training_shape import (
+    Kept,
+    TrainingShape,
+    adapter_numel,
+    adapter_shapes,
+    linear_shapes,
+)
 from oomproof.models.catalog import find
 from oomproof.models.spec import ModelSpec
 
@@ -74,6 +82,39 @@ def test_the_terms_of_an_8b_are_sums_of_shapes() -> None:
     names = {buffer.name: buffer for buffer in phase_buffers(EIGHT, SHAPE, "backward.mlp")}
     assert names["gate_up"].shape == (2048, 28672)
     assert terms.workspace == workspace_bytes(EIGHT, SHAPE)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-paged"])
+@pytest.mark.parametrize("rank", [1, 16])
+def test_an_optimizer_holds_what_its_library_makes(optimizer: str, rank: int) -> None:
+    shape = replace(SHAPE, rank=rank)
+    shapes = adapter_shapes(EIGHT, rank, shape.targets).values()
+    parameters = [
+        torch.nn.Parameter(torch.empty(one, device="meta")) for pair in shapes for one in pair
+    ]
+    sizes = {}
+    if optimizer == "adamw":
+        for number, parameter in enumerate(parameters):
+            sizes[number] = [4 * parameter.numel(), 4 * parameter.numel(), 4]
+        shared = 0
+    else:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        made = bitsandbytes.optim.AdamW8bit(parameters)
+        made.check_overrides()
+        [group] = made.param_groups
+        for number, parameter in enumerate(parameters):
+            made.init_state(group, parameter, 0, number)
+            sizes[number] = [
+                one.nbytes
+                for name, one in made.state[parameter].items()
+                if isinstance(one, torch.Tensor)
+                and not name.startswith("qmap")
+                # What bitsandbytes.optim.optimizer.get_state_buffer asks F.get_paged for.
+                and not (optimizer == "adamw-paged" and one.numel() == parameter.numel() >= 100_000)
+            ]
+        shared = sum(allocated(one.nbytes) for one in made.name2qmap.values())
+    each = sum(allocated(size) for listed in sizes.values() for size in listed)
+    assert training_memory(EIGHT, shape, optimizer=optimizer).optimizer == 32 * each + shared
 
 
 def test_every_option_that_spares_memory_does() -> None:
@@ -154,9 +195,10 @@ def test_ranks_that_share_a_base_hold_a_part_of_each_layer() -> None:
     assert alone.allocated_bytes == alone.peak_bytes
     ends = sum(tensor.numel for tensor in spec.tensors if tensor.layer is None) * 2
     layers = alone.weights - ends
+    norms = spec.num_hidden_layers * spec.hidden_size * 2  # whole on each
     for ranks in (2, 3, 8):
         shared = training_memory(spec, replace(shape, ranks=ranks, sharded=True))
-        part = shared.weights - ends
+        part = shared.weights - ends - norms
         assert layers / ranks <= part < layers / ranks + 80 * 256
         # Two whole layers, one at work and one on its way.
         assert shared.gathered == 2 * ranks * part // 80

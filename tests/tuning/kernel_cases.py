@@ -53,9 +53,27 @@ def compare_norms(device: torch.device, dtype: torch.dtype, bound: float) -> Non
         weight = torch.rand(width, generator=generator).to(dtype)
         compare("rms_norm", device, [x, weight, 1e-5, torch.empty_like(x)], bound)
         for adds in (False, True):
-            compare(
-                "rms_norm_backward", device, [above, x, weight, 1e-5, grad.clone(), adds], bound
-            )
+            for rounded in (None, torch.empty_like(x)):
+                arguments = [above, x, weight, 1e-5, grad.float().clone(), adds, rounded]
+                compare("rms_norm_backward", device, arguments, bound)
+
+
+def compare_sums(device: torch.device, dtype: torch.dtype, bound: float) -> None:
+    """With a norm and without, what is rounded kept and not, in the update's place and not."""
+    generator = torch.Generator().manual_seed(6)
+    for rows, width in ((1, 96), (3, 200), (5, 1030)):
+        stream, update = torch.randn((2, rows, width), generator=generator)
+        update, weight = update.to(dtype), torch.rand(width, generator=generator).to(dtype)
+        for rounded in (None, torch.empty_like(update)):
+            for norm, out in ((None, None), (weight, torch.empty_like(update))):
+                arguments = [stream.clone(), update, rounded, norm, 1e-5, out]
+                compare("accumulate", device, arguments, bound)
+        there = [one.clone().to(device) for one in (stream, update, weight)]
+        kernels().accumulate(there[0], there[1], None, there[2], 1e-5, there[1])
+        expected, out = stream.clone(), update.clone()
+        operators.accumulate(expected, update, None, weight, 1e-5, out)
+        assert error(there[0], expected) < bound
+        assert error(there[1], out) < bound
 
 
 def compare_rotations(device: torch.device, dtype: torch.dtype, bound: float) -> None:
@@ -159,6 +177,7 @@ def _on(weight: torch.Tensor | None, device: torch.device) -> torch.Tensor | Non
 
 COMPARISONS = (
     compare_norms,
+    compare_sums,
     compare_rotations,
     compare_gates,
     compare_gates_with_adapters,

@@ -50,10 +50,40 @@ def test_the_gradient_of_a_norm_is_autograds() -> None:
     found = torch.empty_like(x)
     operators.rms_norm(x, weight, EPS, found)
     torch.testing.assert_close(found, out)
-    operators.rms_norm_backward(grad, x, weight, EPS, found, False)
+    operators.rms_norm_backward(grad, x, weight, EPS, found, False, None)
     torch.testing.assert_close(found, expected)
-    operators.rms_norm_backward(grad, x, weight, EPS, found, True)
+    rounded = torch.empty_like(found, dtype=torch.bfloat16)
+    operators.rms_norm_backward(grad, x, weight, EPS, found, True, rounded)
     torch.testing.assert_close(found, 2 * expected)
+    assert torch.equal(rounded, found.bfloat16())
+
+
+def test_updates_add_up_in_float32_and_what_is_kept_is_what_is_normalised() -> None:
+    stream, weight = normal(5, 24).float(), normal(24, seed=1).bfloat16()
+    update = (1e-3 * normal(5, 24, seed=2)).bfloat16()
+    expected, rounded, out = stream + update.float(), torch.empty_like(update), update.clone()
+    operators.accumulate(stream, out, rounded, weight, EPS, out)
+    assert torch.equal(stream, expected)
+    assert torch.equal(rounded, expected.bfloat16())
+    again = torch.empty_like(out)
+    operators.rms_norm(rounded, weight, EPS, again)
+    assert torch.equal(out, again)
+
+
+def test_an_operator_is_reached_without_the_dispatcher_too() -> None:
+    x = normal(3, 8)
+    out = torch.empty_like(x)
+    declared.rms_norm.on("cpu")(x, normal(8), EPS, out)
+    torch.testing.assert_close(out, norm(x, normal(8)))
+    with torch.device("meta"):
+        declared.rms_norm.on("meta")(torch.empty(3, 8), torch.empty(8), EPS, torch.empty(3, 8))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_on_a_gpu_that_is_the_kernels_launch() -> None:
+    from oomproof.tuning import kernels_triton
+
+    assert declared.rms_norm.on("cuda") is kernels_triton.rms_norm
 
 
 @pytest.mark.parametrize("normed", [False, True])

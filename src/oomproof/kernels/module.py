@@ -184,23 +184,57 @@ def launch(
     Raises:
         CudaError: The driver refuses the launch, or an earlier kernel has failed.
     """
-    assert type(arguments) is kernel.parameters, f"{kernel.name} takes {kernel.parameters}"
-    driver = _driver()
-    if shared_bytes:
-        kernel._allow(driver, shared_bytes)  # noqa: SLF001 - a kernel's own launch
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = block
-    config.sharedMemBytes = shared_bytes
-    config.hStream = stream
-    if (dependent or cluster > 1) and kernel.capability >= HOPPER:
-        attributes = _launch_attributes(dependent, cluster)
-        config.attrs = attributes
-        config.numAttrs = len(attributes)
-    pointer = _OneParameter(ctypes.addressof(arguments))
-    _check(
-        kernel.name, driver.cuLaunchKernelEx(config, kernel.function, ctypes.addressof(pointer), 0)
-    )
+    Launch(
+        kernel, grid, block, shared_bytes, arguments, dependent=dependent, cluster=cluster
+    ).put_on(stream)
+
+
+class Launch:
+    """What `launch` puts on a stream, made once for many times with the same parameters.
+
+    Most of what a launch takes on the CPU is to describe it. Arguments are as `launch` takes them.
+    """
+
+    __slots__ = ("_arguments", "_config", "_kernel", "_pointer", "_stream")
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        arguments: ctypes.Structure,
+        *,
+        dependent: bool = False,
+        cluster: int = 1,
+    ) -> None:
+        assert type(arguments) is kernel.parameters, f"{kernel.name} takes {kernel.parameters}"
+        driver = _driver()
+        if shared_bytes:
+            kernel._allow(driver, shared_bytes)  # noqa: SLF001 - a kernel's own launch
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block
+        config.sharedMemBytes = shared_bytes
+        if (dependent or cluster > 1) and kernel.capability >= HOPPER:
+            attributes = _launch_attributes(dependent, cluster)
+            config.attrs = attributes
+            config.numAttrs = len(attributes)
+        self._kernel, self._config, self._arguments = kernel, config, arguments
+        self._pointer = _OneParameter(ctypes.addressof(arguments))
+        self._stream: int | None = None
+
+    def put_on(self, stream: int) -> None:
+        """Launches it.
+
+        Raises:
+            CudaError: The driver refuses the launch, or an earlier kernel has failed.
+        """
+        if stream != self._stream:
+            self._config.hStream = self._stream = stream
+        pointer = ctypes.addressof(self._pointer)
+        answer = _driver().cuLaunchKernelEx(self._config, self._kernel.function, pointer, 0)
+        _check(self._kernel.name, answer)
 
 
 def _load(program: Program, image: bytes, capability: tuple[int, int]) -> Module:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 
 from oomproof.errors import InputError, PlanDoesNotFitError
-from oomproof.formats import get_format
+from oomproof.formats import DType, ceil_div, get_format
 from oomproof.memory.arena import ALIGNMENT_BYTES, lay_out
 from oomproof.memory.model import unit_of
 from oomproof.memory.sharding import COMM_BYTES, Sharding, cut_layers
@@ -51,7 +51,7 @@ class TrainingTerms:
     scratch: int
     """Dequantized weights."""
     buffers: int
-    """Others that stay: a gradient of hidden states, rotary positions, inputs times A."""
+    """Others that stay: hidden states and their gradient, rotary positions, inputs times A."""
     workspace: int
     """The largest phase of a layer, or the logits, with what attention allocates."""
     batch: int
@@ -71,19 +71,18 @@ class TrainingTerms:
         return self.peak_bytes - self.comm
 
 
-_8BIT_STATE = 2.0 + 8 / 256
-"""A byte a number and moment, and a float32 absmax for 256 of them."""
-OPTIMIZER_STATE_BYTES = {
-    "adamw": 8.0,
-    "adamw-8bit": _8BIT_STATE,
-    "adamw-paged": _8BIT_STATE,
-    "none": 0.0,
-}
-"""Optimizer → bytes of its state for each trained number."""
+OPTIMIZER_STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adamw-paged": 2, "none": 0}
+"""Optimizer → bytes of its moments for each trained number."""
 _LEAST_PAGED = 100_000
-"""Numbers of a matrix whose state bitsandbytes' paged optimizers keep in managed memory."""
+"""Numbers of a matrix whose moments bitsandbytes' paged optimizers keep in managed memory."""
 _LEAST_8BIT = 4096
-"""Numbers of one whose state is in 8 bits at all."""
+"""Numbers of one whose moments are in 8 bits at all."""
+_8BIT_BLOCK = 256
+"""Numbers of an 8-bit moment that share an absmax in float32, which is never paged."""
+_8BIT_MAPS_BYTES = 2 * 1024
+"""What a code stands for, in float32: one table for signed moments and one for others."""
+_CUT_BYTES = 20 * MIB
+"""What torch's allocator cuts larger allocations than a MiB from."""
 
 
 def training_memory(
@@ -128,33 +127,43 @@ def training_memory(
 
 
 def _optimizer_bytes(spec: ModelSpec, shape: TrainingShape, optimizer: str) -> int:
-    """Two moments and a step count for each A and each B, each an allocation of its own."""
+    """State of each A and each B, each tensor of it an allocation of its own."""
     if optimizer == "none":
         return 0
-
-    def moment(numel: int) -> float:
-        if optimizer == "adamw-paged" and numel >= _LEAST_PAGED:
-            return 0.0
-        small = optimizer != "adamw" and numel < _LEAST_8BIT
-        return numel * (4.0 if small else OPTIMIZER_STATE_BYTES[optimizer] / 2)
-
+    in_8bit = optimizer != "adamw"
     shapes = adapter_shapes(spec, shape.rank, shape.targets).values()
-    moments = [moment(prod(matrix)) for pair in shapes for matrix in pair]
-    # Larger ones than a MiB are cut from 20 of them, and the last cut may leave up to one unused.
-    large = sum(2 * size for size in moments if size > MIB)
-    # Each has a moment and, in 8 bits, an absmax.
-    own = 2 * sum(moments) + large / 19 + len(moments) * 5 * ALLOCATION_BYTES
-    return int(spec.num_hidden_layers * own)
+    sizes: list[int] = []
+    for numel in (prod(matrix) for pair in shapes for matrix in pair):
+        in_32bit = not in_8bit or numel < _LEAST_8BIT
+        if optimizer != "adamw-paged" or numel < _LEAST_PAGED:
+            sizes += 2 * [allocated(numel * (4 if in_32bit else 1))]
+        # An absmax for each moment, or the count of steps, which bitsandbytes has in Python.
+        if not in_8bit:
+            sizes.append(ALLOCATION_BYTES)
+        elif not in_32bit:
+            sizes += 2 * [allocated(4 * ceil_div(numel, _8BIT_BLOCK))]
+    # The last cut of a piece of memory may leave up to a MiB that nothing else gets.
+    cut = sum(size for size in sizes if size > MIB) * MIB // (_CUT_BYTES - MIB)
+    maps = _8BIT_MAPS_BYTES if in_8bit else 0
+    return spec.num_hidden_layers * (sum(sizes) + cut) + maps
 
 
 def weights_bytes(spec: ModelSpec, shape: TrainingShape) -> int:
     """Frozen weights on a rank: linears in their format, all else in the compute dtype.
 
-    Embedding, last norm and head are whole on every rank.
+    Embedding, last norm and head are whole on every rank, and so is the first norm of each layer,
+    which is needed before the layer has come.
     """
     first, *layers, last = _units_bytes(spec, shape)
     cut = sharding_of(spec, shape)
-    return first + last + (sum(layers) if cut is None else cut.parts_bytes)
+    if cut is None:
+        return first + last + sum(layers)
+    return first + last + cut.parts_bytes + input_norms_bytes(spec, shape.compute_dtype)
+
+
+def input_norms_bytes(spec: ModelSpec, compute_dtype: DType) -> int:
+    """Of the weights of each layer's first norm, one after the other."""
+    return spec.num_hidden_layers * spec.hidden_size * compute_dtype.itemsize
 
 
 def sharding_of(spec: ModelSpec, shape: TrainingShape) -> Sharding | None:

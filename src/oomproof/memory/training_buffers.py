@@ -28,6 +28,7 @@ ALLOCATION_BYTES = 512
 """torch's CUDA allocator hands out multiples of this."""
 SLICE_ROWS = 128
 """Slices of a weight are multiples of so many rows."""
+_STREAM = DType.FLOAT32
 _FLASH_ROWS = 128
 """To which attention's backward pads each sequence."""
 
@@ -70,8 +71,10 @@ def static_buffers(spec: ModelSpec, shape: TrainingShape) -> tuple[Buffer, ...]:
     slots = min(w.layers, CHECKPOINT_SLOTS) if shape.offload_checkpoints else w.layers
     buffers = [
         Buffer(name="checkpoints", shape=(slots, tokens, w.hidden), dtype=compute),
-        # The last layer's output, then the gradient of each layer's.
-        Buffer(name="grad", shape=(tokens, w.hidden), dtype=compute),
+        # The sum of all layers' updates, then its gradient: 16 bits would lose what adapters add.
+        Buffer(name="stream", shape=(tokens, w.hidden), dtype=_STREAM),
+        # What products take and give of it.
+        Buffer(name="rounded", shape=(tokens, w.hidden), dtype=compute),
         Buffer(name="scratch", shape=(scratch_bytes(spec, shape),), dtype=DType.UINT8),
         Buffer(name="rotary", shape=(2, shape.positions, w.head_dim // 2), dtype=DType.FLOAT32),
         # Adapters of the layer at work in the compute dtype, and their gradients.
@@ -124,14 +127,12 @@ def phase_buffers(spec: ModelSpec, shape: TrainingShape, phase: str) -> tuple[Bu
     match phase:
         case "forward.attention":
             found = [
-                *rows("normed", w.hidden),
                 *rows("qkv", w.qkv, when=least(kept.qkv)),
                 *rotated,
                 *rows("dropped", max(w.hidden, w.queries), when=shape.dropout),
             ]
         case "forward.mlp":
             found = [
-                *rows("normed", w.hidden),
                 *rows("gate_up", 2 * w.mlp, when=least(kept.gate_up)),
                 *rows("gated", w.mlp, when=kept.gate_up > 0),
                 *rows("dropped", max(w.hidden, w.mlp), when=shape.dropout),
@@ -139,9 +140,9 @@ def phase_buffers(spec: ModelSpec, shape: TrainingShape, phase: str) -> tuple[Bu
         case "loss":
             count = loss_tokens(spec, shape)
             found = [
-                Buffer(name="picked", shape=(count, w.hidden), dtype=compute),
+                Buffer(name="picked", shape=(count, w.hidden), dtype=_STREAM),
+                # And then its gradient.
                 Buffer(name="normed", shape=(count, w.hidden), dtype=compute),
-                Buffer(name="grad_normed", shape=(count, w.hidden), dtype=compute),
                 Buffer(name="logits", shape=(count, w.vocab), dtype=compute),
             ]
         case "backward.mlp":
@@ -184,13 +185,14 @@ def attended_bytes(spec: ModelSpec, shape: TrainingShape) -> int:
 def attention_grad_bytes(spec: ModelSpec, shape: TrainingShape) -> int:
     """What attention's backward allocates: its three gradients, and what they are summed in.
 
-    Where key heads are shared, their gradients exist once for each query head first; gradients of
-    queries are summed in float32, in rows that each sequence is padded to.
+    Where key heads are shared, their gradients exist once for each query head first: in the compute
+    dtype for FlashAttention, in float32 at most for cuDNN. Gradients of queries are summed in
+    float32, in rows that each sequence is padded to.
     """
     w, tokens, item = widths_of(spec), shape.tokens, shape.compute_dtype.itemsize
     sequences = shape.sequences or ceil_div(tokens, 64)
     padded = tokens + sequences * _FLASH_ROWS
-    expanded = 2 * allocated(tokens * w.queries * item) if w.keys < w.queries else 0
+    expanded = 2 * allocated(tokens * w.queries * 4) if w.keys < w.queries else 0
     return (
         allocated(tokens * w.queries * item)
         + 2 * allocated(tokens * w.keys * item)

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from oomproof.formats import ceil_div
-from oomproof.kernels.module import Kernel, launch, load_modules
+from oomproof.kernels.module import Kernel, Launch, load_modules
 from oomproof.kernels.source import Source, Variant
 from oomproof.quantization.tables import codebook_of
 from oomproof.quantization.tiled import Segment, TiledSet
@@ -65,6 +65,14 @@ def dequantize_tiles(
     Raises:
         CudaError: The driver refuses the launch.
     """
+    stream = torch.cuda.current_stream(out.device).cuda_stream
+    prepared_tiles(weights, segment, first_row, out).put_on(stream)
+
+
+def prepared_tiles(
+    weights: TiledSet, segment: Segment, first_row: int, out: torch.Tensor
+) -> Launch:
+    """`dequantize_tiles`, to be put on a stream again and again while the tensors last."""
     steps = ceil_div(weights.blocks, _STEP_BLOCKS)
     units = len(out) // TILE_ROWS * steps
     params = DequantizeParams(
@@ -87,8 +95,7 @@ def dequantize_tiles(
     processors, capability = _device(out.device)
     grid = min(ceil_div(units, _WARPS), _BLOCKS_EACH * processors)
     kernel = _kernel(out.dtype, weights.scales.dtype, capability)
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    launch(kernel, (grid, 1, 1), (32 * _WARPS, 1, 1), 0, params, stream, dependent=True)
+    return Launch(kernel, (grid, 1, 1), (32 * _WARPS, 1, 1), 0, params, dependent=True)
 
 
 def prepare_rows(dtype: torch.dtype, scales: torch.dtype, device: torch.device) -> None:

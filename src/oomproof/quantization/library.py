@@ -37,6 +37,8 @@ class Operator(Generic[P, R]):
         self._library.define(self._name + schema)
         self._library.impl(self._name, reference, "CompositeExplicitAutograd")
         self._call: Any = getattr(getattr(torch.ops, namespace), self._name).default
+        self._reference = reference
+        self._kernels: dict[str, Callable[..., R]] = {}
         self.__doc__ = reference.__doc__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -49,6 +51,7 @@ class Operator(Generic[P, R]):
 
         def register(kernel: Callable[..., R]) -> Callable[..., R]:
             self._library.impl(self._name, kernel, device_type.upper())
+            self._kernels[device_type] = kernel
             return kernel
 
         return register
@@ -56,22 +59,37 @@ class Operator(Generic[P, R]):
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: the function makes results of the right sizes, without computing."""
         torch.library.register_fake(self._qualified_name, fake, lib=self._library)
+        self._kernels["meta"] = fake
         return fake
 
+    def on(self, device_type: str) -> Callable[P, R]:
+        """What serves a type of devices, without torch's dispatcher and its tens of microseconds.
 
-def on_cuda(module: str, function: str) -> Callable[..., None]:
+        For code below autograd that has made the tensors' device the current one.
+        """
+        kernel = self._kernels.get(device_type, self._reference)
+        return kernel.function() if isinstance(kernel, on_cuda) else kernel
+
+
+class on_cuda:  # noqa: N801 - reads as a preposition
     """A kernel for `register_kernel`: the function of a module, on the GPU of its first argument.
 
     The module is imported at the first call, for it imports Triton; and a kernel of Triton's is
     launched on whichever device is current, not on that of its tensors.
     """
 
-    def kernel(first: torch.Tensor, *others: Any) -> None:
-        launch = getattr(import_module(module), function)
-        with torch.cuda.device(first.device):
-            launch(first, *others)
+    def __init__(self, module: str, function: str) -> None:
+        self._module, self._function = module, function
 
-    return kernel
+    def __call__(self, first: torch.Tensor, *others: Any) -> None:
+        """Launches it."""
+        with torch.cuda.device(first.device):
+            self.function()(first, *others)
+
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        found: Callable[..., Any] = getattr(import_module(self._module), self._function)
+        return found
 
 
 def writes_where_told(*_arguments: object) -> None:

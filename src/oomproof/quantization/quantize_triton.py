@@ -212,9 +212,11 @@ def _blocks(
                 "rcp.approx.ftz.f32 $0, $1;", "=f,f", [_at_least_tiny(peak)],
                 dtype=tl.float32, is_pure=True, pack=1,
             )  # fmt: skip
-            # Fast arithmetic takes what is below the least normal number for 0, which has no sign.
+            # Fast arithmetic takes what is below the least normal number for 0, which has no sign:
+            # what goes into a product, and what comes out.
             normal = tl.where(tl.abs(value) >= _LEAST_NORMAL, value, 0.0)
             scaled = normal * inverse[:, None]
+            scaled = tl.where(tl.abs(scaled) >= _LEAST_NORMAL, scaled, 0.0)
         else:
             scaled = (
                 value

@@ -76,6 +76,9 @@ class Adapters:
             }
             for layer in range(layers)
         ]
+        self._grads = [
+            [_view(self.grads[layer], place) for place in self.places] for layer in range(layers)
+        ]
         self._initialise(seed)
 
     def _lay_out(self) -> tuple[tuple[Place, ...], int]:
@@ -145,13 +148,12 @@ class Adapters:
         """
         grads, parameters = self.grads[layer], self.parameters[layer]
         fresh = [parameter.grad is None for parameter in parameters.values()]
-        ours = [_shares(parameter.grad, grads) for parameter in parameters.values()]
         if all(fresh):
             torch.mul(found, scale, out=grads)
-            for place in self.places:
-                parameters[place.name].grad = _view(grads, place)
+            for parameter, grad in zip(parameters.values(), self._grads[layer], strict=True):
+                parameter.grad = grad
             return
-        if all(ours):
+        if all(_shares(parameter.grad, grads) for parameter in parameters.values()):
             torch.addcmul(grads, found, scale, out=grads)
             return
         for place, is_fresh in zip(self.places, fresh, strict=True):

@@ -14,13 +14,9 @@ from itertools import pairwise
 
 import torch
 
-from oomproof.errors import InputError
-
 Tensors = tuple[torch.Tensor, ...]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of queries, keys and values, each [tokens, heads, head dim]."""
-_MOST_FLASH_HEAD_DIM = 256
-_MOST_CUDNN_HEAD_DIM = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,35 +270,6 @@ class Plain(Attention):
         back = place[:, None] - place
         unseen = (back < 0) | (back >= window) if window else back < 0
         return (query @ key.transpose(1, 2) * self._scale).masked_fill(unseen, float("-inf"))
-
-
-ATTENTION: dict[str, type[Attention]] = {"flash": Flash, "cudnn": Cudnn, "plain": Plain}
-"""Name → implementation."""
-
-
-def choose_attention(
-    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, scale: float
-) -> Attention:
-    """The implementation of a name, or for "auto" the one that is known to be fast there.
-
-    Raises:
-        InputError: No such name, or it does not compute this.
-    """
-    fused = device.type == "cuda" and dtype in {torch.bfloat16, torch.float16} and not head_dim % 8
-    if name == "auto":
-        name = "flash" if fused and head_dim <= _MOST_FLASH_HEAD_DIM else "plain"
-    if name not in ATTENTION:
-        raise InputError(
-            f"attention {name!r} is not known", remedy=f"use auto or one of {', '.join(ATTENTION)}"
-        )
-    most = {"flash": _MOST_FLASH_HEAD_DIM, "cudnn": _MOST_CUDNN_HEAD_DIM}.get(name)
-    if most is not None and (not fused or head_dim > most):
-        raise InputError(
-            f"{name} attention computes heads of a multiple of 8 up to {most} in 16 bits on a GPU, "
-            f"not of {head_dim} in {dtype} on {device.type}",
-            remedy="use auto",
-        )
-    return ATTENTION[name](scale)
 
 
 def _heads_first(part: torch.Tensor, documents: Documents) -> torch.Tensor:

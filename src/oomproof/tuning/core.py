@@ -7,6 +7,7 @@ and nothing in between belongs to autograd, which would keep it as it likes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,14 @@ from oomproof.memory.training_buffers import static_buffers
 from oomproof.memory.training_shape import TrainingShape, widths_of
 from oomproof.models.spec import ModelSpec
 from oomproof.tuning.adapters import Adapters
-from oomproof.tuning.attention import Documents, choose_attention
+from oomproof.tuning.attention import Documents
+from oomproof.tuning.attention_choice import choose_attention
 from oomproof.tuning.averaging import GradientAverage
 from oomproof.tuning.frozen import FrozenModel
 from oomproof.tuning.layer import LayerPasses, Step
 from oomproof.tuning.layer_inputs import Checkpoints, OffloadedCheckpoints
 from oomproof.tuning.loss import HeadLoss
+from oomproof.tuning.operators import rms_norm
 from oomproof.tuning.settings import LoraSettings
 
 _RANK_STEP = 0x85EBCA6B
@@ -78,9 +81,11 @@ class TrainingCore:
         layout = lay_out(static_buffers(spec, shape))
         self.arena = Arena(layout, self._device)
         buffers = {name: self.arena[name] for name in layout.buffers}
-        self._grad, self._found = buffers["grad"], buffers["adapter_grads"]
+        self._stream, self._rounded = buffers["stream"], buffers["rounded"]
+        self._found = buffers["adapter_grads"]
         self._adapters = adapters
-        head_dim = widths_of(spec).head_dim
+        widths = widths_of(spec)
+        head_dim = widths.head_dim
         fill_rotary(buffers["rotary"], forward.rope, head_dim)
         places = buffers["checkpoints"]
         self._checkpoints = (
@@ -97,13 +102,15 @@ class TrainingCore:
             attention=choose_attention(
                 attention,
                 device=self._device,
-                dtype=self._grad.dtype,
+                dtype=self._rounded.dtype,
+                heads=(widths.heads, widths.keys // head_dim),
                 head_dim=head_dim,
                 scale=forward.attention_scale,
             ),
             scale=lora.scale,
             dropout=lora.dropout,
         )
+        self._norms = model.input_norms
         self._loss = HeadLoss(spec, forward, shape, model, buffers["losses"])
         self._passes_begun = 0
         self._step: Step | None = None
@@ -219,25 +226,45 @@ class TrainingCore:
         return positions, Documents(bounds=tuple(bounds), length=length, cumulative=cumulative)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss; leaves the gradient of the last hidden states where a backward pass follows."""
+        """The loss; leaves the gradient of the last hidden states where a backward pass follows.
+
+        Hidden states, and their gradient, add up in float32. What a layer takes and its backward
+        pass takes again is rounded, and so the same in both.
+        """
+        with self._on_device():
+            return self._forward_pass(batch)
+
+    def _forward_pass(self, batch: Batch) -> torch.Tensor:
         step, count = batch.step, len(self._model.layers)
         tokens = step.tokens
         self._passes_begun += 1
         self._step = step if step.trains else None
-        self._passes.kept.forget()
+        stream, rounded = self._stream[:tokens], self._rounded[:tokens]
+        self._passes.begin(tokens)
         x = self._checkpoints.place(0, tokens)
         torch.index_select(self._model.embedding, 0, batch.ids, out=x)
         if self._forward.embedding_multiplier != 1:
             x.mul_(self._forward.embedding_multiplier)
+        stream.copy_(x)
+        rms_norm(x, self._norms[0], self._forward.rms_norm_eps, rounded)
         for number in range(count):
             is_last = number == count - 1
             weights = self._model.take(number, None if is_last else number + 1)
-            out = self._grad[:tokens] if is_last else self._checkpoints.place(number + 1, tokens)
-            self._passes.forward(number, weights, step, x, out)
+            following = None
+            if step.trains and not is_last:
+                following = self._checkpoints.place(number + 1, tokens)
+            norm = None if is_last else self._norms[number + 1]
+            self._passes.forward(number, weights, step, following, norm)
             if step.trains:
                 self._checkpoints.written(number, tokens)
-            x = out
-        return self._loss.run(x, batch.rows, batch.labels, batch.scale, trains=step.trains)
+        loss = self._loss.run(stream, batch.rows, batch.labels, batch.scale, trains=step.trains)
+        if step.trains:
+            rounded.copy_(stream)
+        return loss
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """What is launched below goes to whichever device is current."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     @property
     def passes_begun(self) -> int:
@@ -262,8 +289,11 @@ class TrainingCore:
                 "before the next"
             )
         self._step = None
+        with self._on_device():
+            self._backward_pass(step, grad_loss)
+
+    def _backward_pass(self, step: Step, grad_loss: torch.Tensor) -> None:
         tokens = step.tokens
-        grad = self._grad[:tokens]
         scale = grad_loss.detach().float().view(1)
         average = self._average if self.averages else None
         if average is not None:
@@ -271,7 +301,7 @@ class TrainingCore:
         for number in reversed(range(len(self._model.layers))):
             x = self._checkpoints.saved(number, tokens)
             weights = self._model.take(number, number - 1 if number else None)
-            self._passes.backward(number, weights, step, x, grad)
+            self._passes.backward(number, weights, step, x)
             if average is not None:
                 average.adopt(number)
             # In float32 only here, where hidden states have fewer bits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,7 @@ from oomproof.formats import DType, get_format
 from oomproof.loading.targets import LoadProgress, LoadReport
 from oomproof.memory.model import unit_of
 from oomproof.memory.sharding import cut_layers
+from oomproof.memory.training import input_norms_bytes
 from oomproof.memory.training_buffers import SLICE_ROWS
 from oomproof.memory.training_shape import PROJECTIONS
 from oomproof.memory.weights import stored
@@ -24,6 +26,9 @@ from oomproof.quantization.tiled import TiledSet
 from oomproof.tuning.distributed import ALONE, Ranks
 from oomproof.tuning.filling import fill_frozen
 from oomproof.tuning.sharded import ShardedLayers
+
+if TYPE_CHECKING:
+    from oomproof.kernels.module import Launch
 
 
 class FrozenWeight:
@@ -41,6 +46,8 @@ class FrozenWeight:
         self.rows = sum(part.rows for part in product.products)
         self.plain = _plain(product, dtype)
         """(first row, end, those rows), where all are in the compute dtype already; else none."""
+        self._launches: dict[tuple[int, int, int], list[Launch]] = {}
+        """(first row, end, address that they go to) → what writes them, where that is known."""
         self._bias_of: list[tuple[int, int, torch.Tensor]] = []
         begin = 0
         for part in product.products:
@@ -56,7 +63,16 @@ class FrozenWeight:
             out[:, first:end].add_(bias, alpha=multiplier)
 
     def write(self, first: int, end: int, into: torch.Tensor) -> None:
-        """Rows first … end - 1 to [end - first, columns], contiguous."""
+        """Rows first … end - 1 to [end - first, columns], contiguous, on the current device."""
+        key = first, end, into.data_ptr()
+        launches = self._launches.get(key)
+        if launches is None and into.is_cuda:
+            launches = self._launches[key] = self._prepared(first, end, into)
+        if launches:
+            stream = torch.cuda.current_stream(into.device).cuda_stream
+            for launch in launches:
+                launch.put_on(stream)
+            return
         begin = 0
         for part in self._product.products:
             inner, outer = max(first, begin), min(end, begin + part.rows)
@@ -68,6 +84,25 @@ class FrozenWeight:
                     assert isinstance(part, Linear)
                     _write_linear(part, inner - begin, outer - begin, rows)
             begin += part.rows
+
+    def _prepared(self, first: int, end: int, into: torch.Tensor) -> list[Launch]:
+        """What writes these rows there, which holds no tensor; nothing where that takes others."""
+        from oomproof.quantization.dequantize_cuda import prepared_tiles, supports_rows
+
+        found: list[Launch] = []
+        begin = 0
+        for part in self._product.products:
+            inner, outer = max(first, begin), min(end, begin + part.rows)
+            if inner < outer:
+                if not isinstance(part, TiledLinears):
+                    return []
+                for segment, a, b, place in part.weights.pieces(inner - begin, outer - begin):
+                    rows = into[inner - first + place :][: b - a]
+                    if not supports_rows(rows, a):
+                        return []
+                    found.append(prepared_tiles(part.weights, segment, a, rows))
+            begin += part.rows
+        return found
 
 
 def _plain(product: Projection, dtype: torch.dtype) -> list[tuple[int, int, torch.Tensor]]:
@@ -128,6 +163,8 @@ class Scratch:
     def __init__(self, memory: torch.Tensor, dtype: torch.dtype) -> None:
         self._memory = memory.view(dtype) if memory.numel() else memory.new_empty(0, dtype=dtype)
         self._holds: FrozenWeight | None = None
+        self._whole: dict[tuple[int, int], torch.Tensor] = {}
+        """Shape → the memory in that shape."""
 
     def slices(self, weight: FrozenWeight) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first row, end, those rows) one after the other; each is lost with the next."""
@@ -136,7 +173,10 @@ class Scratch:
             return
         fit = self._memory.numel() // weight.columns
         if fit >= weight.rows:
-            whole = self._memory[: weight.rows * weight.columns].view(weight.rows, weight.columns)
+            shape = weight.rows, weight.columns
+            if shape not in self._whole:
+                self._whole[shape] = self._memory[: weight.rows * weight.columns].view(shape)
+            whole = self._whole[shape]
             if self._holds is not weight:
                 weight.write(0, weight.rows, whole)
                 self._holds = weight
@@ -216,8 +256,10 @@ class FrozenModel:
         first, *layers, last = [block.size_bytes for block in blocks]
         cut = cut_layers(layers, ranks.size) if sharded and ranks.size > 1 else None
         of_layers = sum(layers) if cut is None else cut.parts_bytes + cut.buffers_bytes
-        self.memory = torch.empty(first + of_layers + last, dtype=torch.uint8, device=device)
-        start, middle, end = self.memory.split([first, of_layers, last])
+        of_norms = 0 if cut is None else input_norms_bytes(spec, dtype)
+        sizes = [first, of_layers, last, of_norms]
+        self.memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        start, middle, end, norms = self.memory.split(sizes)
         self.sharded = None if cut is None else ShardedLayers(middle, cut, ranks)
         """None where all layers are here."""
         places = list(middle.split(layers)) if cut is None else []
@@ -234,6 +276,10 @@ class FrozenModel:
             for block, place in zip(blocks[1:-1], places[1:-1], strict=True)
         ]
         """Views of where a layer's weights are while it is taken."""
+        self.input_norms = [layer.input_norm for layer in self.layers]
+        """Of each layer; sharded they are whole, since one is needed before its layer has come."""
+        if self.sharded is not None:
+            self.input_norms = list(norms.view(compute).view(len(self.layers), -1))
         ends = {
             parameter.placed.spec.role: parameter.tensor
             for unit in (self._units[0], self._units[-1])
@@ -261,7 +307,7 @@ class FrozenModel:
 
         See tuning.filling.fill_frozen.
         """
-        return fill_frozen(
+        report = fill_frozen(
             self._spec,
             self._units,
             folder,
@@ -270,6 +316,10 @@ class FrozenModel:
             progress=progress,
             sharded=self.sharded,
         )
+        if self.sharded is not None:
+            for number, norm in enumerate(self.input_norms):
+                norm.copy_(self.take(number, None).input_norm)
+        return report
 
 
 def check_trainable(spec: ModelSpec, format_name: str) -> None:

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from oomproof.tuning.launch_triton import launch
+
 _PAIRS_PER_PROGRAM = 1024
 _VOCAB_BLOCK = 4096
 _ROW_BLOCK = 1024
@@ -24,8 +26,50 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     """A program a row."""
     rows, width = x.shape
     block, warps = _row_of(width)
-    _rms_norm[(rows,)](
-        x, weight, out, x.stride(0), out.stride(0), width, eps, BLOCK=block, num_warps=warps
+    launch(
+        _rms_norm,
+        (rows, 1, 1),
+        x,
+        weight,
+        out,
+        x.stride(0),
+        out.stride(0),
+        width,
+        eps,
+        BLOCK=block,
+        num_warps=warps,
+    )
+
+
+def accumulate(
+    stream: torch.Tensor,
+    update: torch.Tensor,
+    rounded: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+) -> None:
+    """A program a row."""
+    rows, width = stream.shape
+    block, warps = _row_of(width)
+    launch(
+        _accumulate,
+        (rows, 1, 1),
+        stream,
+        update,
+        rounded,
+        weight,
+        out,
+        stream.stride(0),
+        update.stride(0),
+        0 if rounded is None else rounded.stride(0),
+        0 if out is None else out.stride(0),
+        width,
+        eps,
+        ROUNDS=rounded is not None,
+        NORMS=weight is not None,
+        BLOCK=block,
+        num_warps=warps,
     )
 
 
@@ -36,21 +80,27 @@ def rms_norm_backward(
     eps: float,
     grad: torch.Tensor,
     adds: bool,
+    rounded: torch.Tensor | None,
 ) -> None:
     """A program a row."""
     rows, width = x.shape
     block, warps = _row_of(width)
-    _rms_norm_backward[(rows,)](
+    launch(
+        _rms_norm_backward,
+        (rows, 1, 1),
         grad_out,
         x,
         weight,
         grad,
+        rounded,
         grad_out.stride(0),
         x.stride(0),
         grad.stride(0),
+        0 if rounded is None else rounded.stride(0),
         width,
         eps,
         ADDS=adds,
+        ROUNDS=rounded is not None,
         BLOCK=block,
         num_warps=warps,
     )
@@ -95,7 +145,9 @@ def _rotation(
     rows, heads, head_dim = grad.shape
     block = triton.next_power_of_2(head_dim // 2)
     heads_block = min(triton.next_power_of_2(heads), max(1, _PAIRS_PER_PROGRAM // block))
-    _rotate[(rows, triton.cdiv(heads, heads_block))](
+    launch(
+        _rotate,
+        (rows, triton.cdiv(heads, heads_block), 1),
         grad,
         x,
         rotary,
@@ -120,7 +172,9 @@ def _rotation(
 def silu_mul_backward(gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor) -> None:
     """A program a block of a row."""
     rows, width = grad.shape
-    _silu_mul_backward[(rows, triton.cdiv(width, _ROW_BLOCK))](
+    launch(
+        _silu_mul_backward,
+        (rows, triton.cdiv(width, _ROW_BLOCK), 1),
         gate,
         up,
         grad,
@@ -173,7 +227,9 @@ def _with_low(
     rows, width = out.shape
     rank = gate_b.shape[1]
     height, columns = _LOW_TILE
-    _silu_mul_low[(triton.cdiv(width, columns), triton.cdiv(rows, height))](
+    launch(
+        _silu_mul_low,
+        (triton.cdiv(width, columns), triton.cdiv(rows, height), 1),
         gate,
         up,
         low,
@@ -207,7 +263,9 @@ def cross_entropy_(
 ) -> None:
     """A program a row, which is read again from the second cache."""
     rows, vocab = logits.shape
-    _cross_entropy[(rows,)](
+    launch(
+        _cross_entropy,
+        (rows, 1, 1),
         logits,
         labels,
         scale,
@@ -255,13 +313,40 @@ def _rms_norm(x, weight, out, x_stride, out_stride, width, eps, BLOCK: tl.conste
     scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, axis=0) / width + eps)
     normed = (wide * scale).to(values.dtype).to(tl.float32)
     weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, (normed * weights).to(values.dtype), mask=inside)
+    normed = (normed * weights).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + column, normed, mask=inside)
+
+
+@triton.jit
+def _accumulate(
+    stream, update, rounded, weight, out,
+    stream_stride, update_stride, rounded_stride, out_stride, width, eps,
+    ROUNDS: tl.constexpr, NORMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    added = tl.load(update + row * update_stride + column, mask=inside, other=0.0)
+    place = stream + row * stream_stride + column
+    total = tl.load(place, mask=inside, other=0.0) + added.to(tl.float32)
+    tl.store(place, total, mask=inside)
+    values = total.to(added.dtype)
+    if ROUNDS:
+        tl.store(rounded + row * rounded_stride + column, values, mask=inside)
+    if NORMS:
+        wide = values.to(tl.float32)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, axis=0) / width + eps)
+        normed = (wide * scale).to(values.dtype).to(tl.float32)
+        weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        normed = (normed * weights).to(values.dtype)
+        tl.store(out + row * out_stride + column, normed, mask=inside)
 
 
 @triton.jit
 def _rms_norm_backward(
-    grad_out, x, weight, grad, grad_out_stride, x_stride, grad_stride, width, eps,
-    ADDS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_out, x, weight, grad, rounded,
+    grad_out_stride, x_stride, grad_stride, rounded_stride, width, eps,
+    ADDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -278,6 +363,9 @@ def _rms_norm_backward(
     if ADDS:
         found += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, found.to(grad.dtype.element_ty), mask=inside)
+    if ROUNDS:
+        place = rounded + row * rounded_stride + column
+        tl.store(place, found.to(rounded.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ class HeadLoss:
         losses: torch.Tensor,
     ) -> None:
         self._forward, self._model, self._losses = forward, model, losses
-        self._phase = Phase(spec, shape, "loss")
+        self._phase = Phase(spec, shape, "loss", losses.device)
         self._step = loss_tokens(spec, shape)
 
     def run(
@@ -53,7 +53,8 @@ class HeadLoss:
         """The sum of losses times the scale, float32 [].
 
         Args:
-            hidden: Hidden states [tokens, hidden]; where `trains`, replaced by their gradients.
+            hidden: Hidden states, float32 [tokens, hidden]; where `trains`, replaced by their
+                gradients.
             rows: int64 [counted]: the tokens that have a label.
             labels: int64 [counted]: the labels.
             scale: float32 [1]: one over what the sum is divided by.
@@ -61,7 +62,7 @@ class HeadLoss:
         """
         phase, forward = self._phase, self._forward
         weight, eps = self._model.final_norm, forward.rms_norm_eps
-        phase.open(hidden.device)
+        phase.open(len(hidden))
         for first in range(0, len(rows), self._step):
             picked_rows = rows[first : first + self._step]
             count = len(picked_rows)
@@ -75,10 +76,9 @@ class HeadLoss:
             cross_entropy_(logits, wanted, 1 / forward.logits_divisor, scale, losses, trains)
             if not trains:
                 continue
-            grad_normed = phase["grad_normed"][:count]
-            torch.mm(logits, self._model.head, out=grad_normed)
-            rms_norm_backward(grad_normed, picked, weight, eps, normed, False)
-            hidden.index_copy_(0, picked_rows, normed)
+            torch.mm(logits, self._model.head, out=normed)
+            rms_norm_backward(normed, picked, weight, eps, picked, False, None)
+            hidden.index_copy_(0, picked_rows, picked)
         phase.close()
         if trains and len(rows) < len(hidden):
             others = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)

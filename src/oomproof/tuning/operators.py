@@ -22,7 +22,35 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     out.copy_(weight * (_wide(x) * _inverse_rms(x, eps)).to(x.dtype))
 
 
-@operator("oomproof::rms_norm_backward", mutates_args=("grad",))
+@operator("oomproof::accumulate", mutates_args=("stream", "rounded", "out"))
+def accumulate(
+    stream: torch.Tensor,
+    update: torch.Tensor,
+    rounded: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+) -> None:
+    """Adds an update to hidden states in float32, rounds them, and normalises what was rounded.
+
+    Args:
+        stream: float32 [rows, hidden].
+        update: [rows, hidden].
+        rounded: Where the rounded sum goes, [rows, hidden], or None.
+        weight: [hidden], of the RMSNorm that follows; None for no norm.
+        eps: Of the norm.
+        out: Its result, [rows, hidden], where there is a weight; it may be `update`.
+    """
+    stream.add_(update)
+    if rounded is not None:
+        rounded.copy_(stream)
+    if weight is not None and out is not None:
+        # What the backward pass finds in `rounded` is then what was normalised, bit by bit.
+        x = stream.to(out.dtype)
+        out.copy_(weight * (_wide(x) * _inverse_rms(x, eps)).to(x.dtype))
+
+
+@operator("oomproof::rms_norm_backward", mutates_args=("grad", "rounded"))
 def rms_norm_backward(
     grad_out: torch.Tensor,
     x: torch.Tensor,
@@ -30,6 +58,7 @@ def rms_norm_backward(
     eps: float,
     grad: torch.Tensor,
     adds: bool,
+    rounded: torch.Tensor | None,
 ) -> None:
     """The gradient of RMSNorm's input.
 
@@ -38,11 +67,14 @@ def rms_norm_backward(
         x: Its input.
         weight: [hidden].
         eps: Added to the mean square.
-        grad: [rows, hidden]; grows by the gradient where `adds`, else is replaced.
+        grad: [rows, hidden]; grows by the gradient where `adds`, else is replaced. It may be x.
         adds: Whether the input went on beside the norm too.
+        rounded: Where `grad` goes in fewer bits too, or None; it may be grad_out.
     """
     found = _norm_backward(grad_out, x, weight, eps)
     grad.copy_(_wide(grad) + found if adds else found)
+    if rounded is not None:
+        rounded.copy_(grad)
 
 
 @operator("oomproof::rotate", mutates_args=("out",))
@@ -204,6 +236,7 @@ def drop(x: torch.Tensor, seed: int, probability: float, out: torch.Tensor, adds
 
 for _operator, _function in (
     (rms_norm, "rms_norm"),
+    (accumulate, "accumulate"),
     (rms_norm_backward, "rms_norm_backward"),
     (rotate, "rotate"),
     (rotate_backward, "rotate_backward"),
