@@ -11,13 +11,10 @@ from oomproof.units import MIB, round_up
 
 GATHER_BUFFERS = 2
 """Whole layers that a rank has room for: one is computed with while the next comes together."""
-_CHANNELS, _CONNECTIONS = 32, 3
-_CONNECTION_BYTES = 10 * MIB
-"""What NCCL keeps for each of a channel's connections: 4 MiB of its simple protocol, about 5 of
-LL128 and a half of LL."""
-COMM_BYTES = _CHANNELS * _CONNECTIONS * _CONNECTION_BYTES
-"""NCCL's buffers, outside torch's allocator: an estimate from above, of a ring, a tree and direct
-sends over as many channels as NVLink gets. Over PCIe there are two to four."""
+COMM_BYTES = 1440 * MIB
+"""What NCCL takes outside torch's allocator, its kernels with it: 1,286 MiB with NCCL 2.28 on two
+H200s (benchmarks/results/tuning-ranks-h200.jsonl), and room. More ranks were not measured; over
+PCIe it has fewer channels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
