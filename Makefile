@@ -9,12 +9,13 @@ DEBIAN_VENV = { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y 
 
 .PHONY: demo test test-slow test-gpu lint format clean
 
-# Probe this machine, plan the bundled model, load it in 4 bit, stream an answer, and print
-# predicted against measured memory.
+# Probe this machine, plan the bundled model, load it in 4 bit, stream an answer, print predicted
+# against measured memory, and take a few steps of a fine-tuning.
 demo: $(STAMP)
 	$(BIN)/oomproof doctor
 	$(BIN)/oomproof plan tiny --format nf4-dq
 	$(BIN)/oomproof run tiny "It was a dark night" --format nf4-dq --seed 3 --memory
+	$(BIN)/oomproof rehearse tiny --tune --context 128 --batch-size 4
 
 # Lint, types, import direction, and every fast test.
 test: lint

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         plan_tuning,
         quantize,
         rehearse,
+        rehearse_tuning,
         tune,
     )
 
@@ -50,6 +51,7 @@ __all__ = [
     "plan_tuning",
     "quantize",
     "rehearse",
+    "rehearse_tuning",
     "tune",
 ]
 
@@ -69,6 +71,7 @@ _HOMES = {
     "plan_tuning": "oomproof.session",
     "quantize": "oomproof.session",
     "rehearse": "oomproof.session",
+    "rehearse_tuning": "oomproof.session",
     "tune": "oomproof.session",
 }
 

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,9 +31,11 @@ if TYPE_CHECKING:
     from oomproof.tuning.plan import TrainingPlan
     from oomproof.tuning.planner import TrainingPlanner
     from oomproof.tuning.progress import OnTuning
+    from oomproof.tuning.rehearsal import TuningRehearsal
     from oomproof.tuning.report import TuningReport
 
 TUNE_PACKAGES = ("peft",)
+DEFAULT_FORMAT = "nf4-dq"
 _MAX_TOKENIZER_BYTES = GIB // 16
 _NOT_OF_THE_WEIGHTS = (
     "micro_batch",
@@ -93,6 +94,7 @@ def plan_tuning(
 
     settings = _settings(options)
     spec = resolve(str(model), revision=revision)
+    settings = _with_format(settings, spec)
     path = find_data(data)
     planner = _planner(spec, settings, gpus=gpus, max_memory=max_memory, reserve=reserve, cap=cap)
     with tempfile.TemporaryDirectory(prefix="oomproof-") as folder:
@@ -161,12 +163,13 @@ def tune(  # noqa: PLR0913 - one keyword an option of the command line
     from oomproof.conversion.work import locked
     from oomproof.tuning.hub_data import find_data
     from oomproof.tuning.job import REPORT_FILE, agree_with_job, open_folder, read_chosen
-    from oomproof.tuning.planner import describe_shortfall
     from oomproof.tuning.prepare import make_training_plan, prepare, settle
     from oomproof.tuning.progress import nobody
+    from oomproof.tuning.remedies import describe_shortfall
 
     asked = _settings(options)
     spec = resolve(str(model), revision=revision)
+    asked = _with_format(asked, spec)
     folder = open_folder(out, resume=resume)
     path = find_data(data)
     settings = settle(asked, dict(read_chosen(folder)))
@@ -210,7 +213,7 @@ def tune(  # noqa: PLR0913 - one keyword an option of the command line
             },
         )
         spec = with_checkpoint(spec)
-        from oomproof.tuning.assemble import assemble
+        from oomproof.tuning.assemble import assemble, close_device
 
         tuning = assemble(
             spec,
@@ -226,7 +229,57 @@ def tune(  # noqa: PLR0913 - one keyword an option of the command line
         )
         from oomproof.tuning.run import TuningRun
 
-        return TuningRun(tuning).run()
+        try:
+            return TuningRun(tuning).run()
+        finally:
+            close_device(plan)
+
+
+def rehearse_tuning(
+    model: str | Path,
+    *,
+    max_memory: Mapping[int | Literal["cpu"], int | str] | None = None,
+    reserve: int | str = 0,
+    cap: int | str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    on_plan: Any = None,
+    **options: Any,
+) -> TuningRehearsal:
+    """Proves a fine-tuning's plan on this machine: no data, no download, a few steps at full size.
+
+    Args:
+        model: A folder, a hub id, a name of the catalog, or "tiny".
+        max_memory: Device index → most bytes to use there; "cpu" → host RAM.
+        reserve: Free memory of the device to leave alone.
+        cap: Most bytes of the device, enforced while running.
+        revision: Branch, tag or commit of a hub id.
+        progress: Told of bytes made ("load", done, total).
+        on_plan: Called with the plan before anything is made.
+        options: Those of `tune` that are not about data.
+
+    Raises:
+        InputError, MissingDependencyError, PlanDoesNotFitError: As `tune` does.
+    """
+    require_tune_packages()
+    from oomproof.tuning.prepare import context_of
+    from oomproof.tuning.rehearsal import STEPS, made_up_data, rehearse_plan
+    from oomproof.tuning.remedies import describe_shortfall
+
+    settings = replace(_settings(options), validation=0.0, packing=False, max_steps=STEPS)
+    spec = resolve(str(model), revision=revision)
+    settings = _with_format(settings, spec)
+    context = context_of(settings, spec)
+    planner = _planner(spec, settings, gpus=None, max_memory=max_memory, reserve=reserve, cap=cap)
+    plan = planner.plan(made_up_data(context), context=context, longest=context)
+    if on_plan is not None:
+        on_plan(plan)
+    if not plan.fits:
+        message, remedy = describe_shortfall(plan)
+        raise PlanDoesNotFitError(message, shortfall_bytes=plan.shortfall_bytes, remedy=remedy)
+    return rehearse_plan(
+        plan, spec, settings, hardware=probe(), progress=of_stage(progress, "load")
+    )
 
 
 def _settings(options: Mapping[str, Any]) -> TuningSettings:
@@ -252,6 +305,16 @@ def _settings(options: Mapping[str, Any]) -> TuningSettings:
     return TuningSettings(adapter=AdapterSettings(**adapter), **rest)
 
 
+def _with_format(settings: TuningSettings, spec: ModelSpec) -> TuningSettings:
+    """The same with a format that is named."""
+    if settings.format != "auto":
+        return settings
+    own = spec.checkpoint_quantization
+    if own is None or own.format is None:
+        return replace(settings, format=DEFAULT_FORMAT)
+    return replace(settings, format=own.held_as or own.format.name)
+
+
 def _planner(
     spec: ModelSpec,
     settings: TuningSettings,
@@ -261,7 +324,7 @@ def _planner(
     reserve: int | str,
     cap: int | str | None,
 ) -> TrainingPlanner:
-    from oomproof.tuning.engines import choose_engine, native_terms
+    from oomproof.tuning.engines import choose_engine
     from oomproof.tuning.planner import TrainingPlanner
 
     limits = read_limits(max_memory)
@@ -275,14 +338,13 @@ def _planner(
     )
     hardware = probe() if gpus is None else describe(gpus)
     device = max(hardware.devices, key=lambda one: one.free_bytes)
-    engine = choose_engine(settings.engine, spec, settings.format, device)
+    engine = choose_engine(settings.engine, spec, settings.format, settings.compute_dtype, device)
     return TrainingPlanner(
         spec,
         hardware,
         request,
         settings,
         engine=engine,
-        terms_of=partial(native_terms, spec, settings) if engine == "native" else None,
     )
 
 

@@ -10,6 +10,7 @@ tune_kernels(plan or model, …) → the fastest launches of its products here, 
 evaluate(model, text, …)   → EvalReport: what formats cost on a text, against its 16 bits
 quantize(model, out, …)    → QuantizeReport: a folder with its checkpoint in 4 bits
 plan_tuning(model, data, …) → TrainingPlan: what fine-tuning it on some data takes
+rehearse_tuning(model, …)  → TuningRehearsal: that plan at full size, without data
 tune(model, data, out, …)  → TuningReport: a LoRA adapter, trained on its quantized weights
 merge(model, adapter, out, …) → MergeReport: a folder with both in 16 bits
 """
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oomproof.adapting import plan_tuning, tune
+from oomproof.adapting import plan_tuning, rehearse_tuning, tune
 from oomproof.agreement import (
     RUN_PACKAGES,
     Progress,
@@ -59,6 +60,7 @@ __all__ = [
     "plan_tuning",
     "quantize",
     "rehearse",
+    "rehearse_tuning",
     "require_run_packages",
     "tune",
     "tune_kernels",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import oomproof
 from oomproof.memory.training_shape import Kept
 from oomproof.models.catalog import find
 from oomproof.models.resolve import bundled_folder, resolve
 from oomproof.tuning.model import LoraSettings, TrainingModel, TrainingOptions, build_training_model
+from tests.tuning.books import small_book
 from tests.tuning.models import LORA, gradients, ours, tokens_of
 
 pytestmark = pytest.mark.gpu
@@ -105,3 +108,29 @@ def test_a_step_takes_what_was_planned_and_little_less(
     peak = torch.cuda.max_memory_allocated() - before
     planned = model.memory().peak_bytes
     assert 0.95 * planned < peak <= planned
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", "layers", "offload"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+def test_a_rehearsal_stays_within_its_plan(checkpointing: str, optimizer: str) -> None:
+    found = oomproof.rehearse_tuning(
+        "llama-3.2-1b",
+        context=2048,
+        batch_size=4,
+        cap="8GiB",
+        engine="native",
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+    )
+    assert found.failed is None
+    assert found.exceeded == ()
+    assert found.kept_its_promise
+    assert found.allocated_bytes > 0.85 * (found.predicted_bytes - found.plan.terms.cuda_context)
+
+
+def test_a_run_takes_what_was_planned(tmp_path: Path) -> None:
+    report = oomproof.tune(
+        "tiny", small_book(tmp_path), tmp_path / "out", context=64, batch_size=4, max_steps=3
+    )
+    assert report.engine == "native"
+    assert report.exceeded_bytes == 0

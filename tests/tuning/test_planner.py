@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from oomproof.errors import NotRunnableError
 from oomproof.hardware.describe import describe
-from oomproof.memory.peft import Tuned, adapter_tensors, optimizer_bytes, training_terms
+from oomproof.memory.peft import (
+    Tuned,
+    adapter_tensors,
+    optimizer_bytes,
+    split_optimizer_bytes,
+    training_terms,
+)
+from oomproof.memory.training import KEPT_IN_ORDER
+from oomproof.memory.training_shape import Kept
 from oomproof.models.resolve import resolve
 from oomproof.planning.request import PlanRequest
 from oomproof.tuning.options import AdapterSettings, TuningSettings
 from oomproof.tuning.plan import TrainingData, TrainingPlan, length_histogram
-from oomproof.tuning.planner import TrainingPlanner, describe_shortfall
+from oomproof.tuning.planner import TrainingPlanner
+from oomproof.tuning.remedies import describe_shortfall
+from oomproof.tuning.step_memory import NativeMemory
 
 DATA = TrainingData(
     name="data.jsonl",
@@ -175,3 +187,123 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
         AdapterSettings(rank=0)
     with pytest.raises(InputError):
         AdapterSettings(target_modules=("all-linear", "q_proj"))
+
+
+def native(
+    gpus: str, model: str = "llama-3.1-8b", longest: int = 2048, **options: Any
+) -> TrainingPlan:
+    settings = TuningSettings(adapter=AdapterSettings(), **options)
+    planner = TrainingPlanner(
+        resolve(model), describe(gpus), PlanRequest(format="nf4-dq"), settings, engine="native"
+    )
+    return planner.plan(replace(DATA, documents=4), context=longest, longest=longest)
+
+
+@pytest.mark.parametrize("gpus", ["12GiB", "16GiB", "24GiB", "48GiB"])
+def test_our_engine_keeps_as_many_activations_as_the_memory_has_room_for(gpus: str) -> None:
+    found = native(gpus, micro_batch=2)
+    assert found.fits
+    assert found.kept is not None
+    assert found.peak_bytes <= found.usable_bytes
+    more = next((name for name in KEPT_IN_ORDER if found.kept[name] < 32), None)
+    if more is None:
+        return
+    memory = NativeMemory(resolve("llama-3.1-8b"), "nf4-dq", dropout=False, on_gpu=True)
+    tuned = replace(TUNED, optimizer="adamw", checkpointing="auto", documents=4)
+
+    def training_bytes(kept: dict[str, int]) -> int:
+        device, _ = memory.terms(replace(tuned, kept=Kept(**kept)), 2, 2048)
+        return sum(device.values())
+
+    kept = dict(found.kept)
+    terms = found.terms
+    assert training_bytes(kept) + terms.allocator + terms.cuda_context + terms.margin == (
+        found.peak_bytes
+    )
+    # One more layer would take what the allocator has to itself.
+    next_one = training_bytes({**kept, more: kept[more] + 1}) - training_bytes(kept)
+    assert found.peak_bytes + next_one > found.usable_bytes
+
+
+def test_sequences_at_once_come_before_activations_and_the_faster_choice_is_told() -> None:
+    found = native("RTX 4090")
+    assert found.micro_batch == 16
+    assert found.kept == {"attention": 0, "mid": 0, "qkv": 0, "gate_up": 0}
+    [told] = [reason for reason in found.reasons if "keeps more activations" in reason]
+    faster = native("RTX 4090", micro_batch=int(told.split()[1]))
+    assert faster.train_s is not None
+    assert found.train_s is not None
+    assert faster.train_s < 0.95 * found.train_s
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "kept"),
+    [
+        ("layers", {"attention": 32, "mid": 0, "qkv": 0, "gate_up": 0}),
+        ("none", dict.fromkeys(("attention", "mid", "qkv", "gate_up"), 32)),
+    ],
+)
+def test_what_is_kept_can_be_asked_for(checkpointing: str, kept: dict[str, int]) -> None:
+    found = native("80GiB", checkpointing=checkpointing, micro_batch=2)
+    assert (found.checkpointing, found.kept) == (checkpointing, kept)
+    assert json.loads(found.to_json())["kept"] == kept
+
+
+def test_inputs_of_layers_go_to_the_host_where_more_fits_so() -> None:
+    found = native("10GiB")
+    assert found.fits
+    assert found.checkpointing == "offload"
+    assert found.host_bytes > 0
+
+
+def test_a_405b_is_planned_in_a_second_and_says_what_is_missing() -> None:
+    begin_s = time.process_time()
+    found = native("141GiB", model="llama-3.1-405b")
+    assert time.process_time() - begin_s < 1
+    assert not found.fits
+    assert found.shortfall_bytes == found.peak_bytes - found.usable_bytes
+    assert native("288GiB", model="llama-3.1-405b").fits
+
+
+def test_short_documents_take_more_of_attentions_backward_pass() -> None:
+    spec = resolve("llama-3.1-8b")
+    memory = NativeMemory(spec, "nf4-dq", dropout=False, on_gpu=True)
+
+    def activations(documents: int) -> int:
+        device, _ = memory.terms(replace(TUNED, documents=documents), 4, 2048)
+        return device["activations"]
+
+    assert activations(1) <= activations(20) < activations(500)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "device", "host"),
+    [
+        ("adamw", 8 * 300_000, 0),
+        ("paged-adamw", 8 * 50_000, 8 * 250_000),
+        ("adamw-8bit", 2 * 300_000 + 8 * (196 + 977), 0),
+        ("paged-adamw-8bit", 2 * 50_000 + 8 * (196 + 977), 2 * 250_000),
+    ],
+)
+def test_pages_hold_the_moments_of_large_matrices_and_no_scales(
+    optimizer: str, device: int, host: int
+) -> None:
+    assert split_optimizer_bytes([50_000, 250_000], optimizer) == (device, host)
+
+
+def test_paged_32_bit_states_of_large_matrices_are_not_on_the_device() -> None:
+    found = {
+        name: native("80GiB", optimizer=name).terms.optimizer
+        for name in ("adamw", "paged-adamw", "paged-adamw-8bit")
+    }
+    trained = adapter_tensors(resolve("llama-3.1-8b"), TUNED)
+    # Of rank 16 those of 4,096 rows or columns have fewer than 100,000 numbers.
+    small, _ = split_optimizer_bytes(trained, "paged-adamw")
+    assert small <= found["paged-adamw"] < 1.1 * small
+    assert found["adamw"] > 2 * found["paged-adamw"]
+
+
+def test_a_format_that_no_engine_trains_is_refused_before_any_data() -> None:
+    settings = TuningSettings(adapter=AdapterSettings())
+    with pytest.raises(NotRunnableError, match="use --format nf4-dq"):
+        TrainingPlanner(resolve("tiny"), describe("cpu"), PlanRequest(format="int8"), settings)

@@ -18,6 +18,7 @@ from oomproof.units import format_bytes, format_parameters
 if TYPE_CHECKING:
     from oomproof.tuning.plan import TrainingPlan
     from oomproof.tuning.progress import TuningEvent
+    from oomproof.tuning.rehearsal import TuningRehearsal
     from oomproof.tuning.report import TuningReport
 
 _TERMS = {
@@ -30,19 +31,23 @@ _TERMS = {
     "logits": "logits, a chunk",
     "dequantization": "dequantization",
     "library": "libraries",
+    "allocator": "allocator's cache",
     "margin": "margin",
 }
+
+_KEPT = {
+    "attention": "attention",
+    "mid": "inputs of MLPs",
+    "qkv": "queries, keys, values",
+    "gate_up": "gates",
+}
+"""What a layer of our own engine keeps; gates are the most of it."""
 
 
 def training_plan_lines(plan: TrainingPlan) -> Iterator[str]:
     """What is done, and whether it fits, as lines of markup."""
     data = plan.data
-    yield (
-        f"[bold]{escape(plan.base.model)}[/bold]  "
-        f"{format_parameters(plan.base.num_parameters)} parameters · {plan.format} · LoRA rank "
-        f"{plan.rank}, {format_parameters(plan.trainable_parameters)} trained · {plan.engine} "
-        "engine"
-    )
+    yield _base_line(plan)
     yield (
         f"{escape(data.name)}: {data.samples:,} samples, {data.tokens:,} tokens, the longest "
         f"{data.longest:,} (line {data.longest_line:,}); {data.validation_samples:,} held out"
@@ -54,18 +59,44 @@ def training_plan_lines(plan: TrainingPlan) -> Iterator[str]:
         f"{plan.steps:,} steps of {plan.batch_size:,}, {plan.micro_batch:,} at once, "
         f"{plan.epochs:.3g} epochs"
     )
+    yield from _memory_lines(plan)
+
+
+def _base_line(plan: TrainingPlan) -> str:
+    return (
+        f"[bold]{escape(plan.base.model)}[/bold]  "
+        f"{format_parameters(plan.base.num_parameters)} parameters · {plan.format} · LoRA rank "
+        f"{plan.rank}, {format_parameters(plan.trainable_parameters)} trained · {plan.engine} "
+        "engine"
+    )
+
+
+def _memory_lines(plan: TrainingPlan) -> Iterator[str]:
     verdict = "[bold green]fits[/bold green]"
     if not plan.fits:
         verdict = f"[bold red]does not fit[/bold red]: {format_bytes(plan.shortfall_bytes)} missing"
     yield (
         f"{verdict}: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.usable_bytes)} on "
-        f"{escape(plan.device)}, with {plan.optimizer}, activations kept: "
-        f"{_kept(plan.checkpointing)}"
+        f"{escape(plan.device)}, with {plan.optimizer}"
     )
+    yield f"activations kept: {_kept(plan)}"
 
 
-def _kept(checkpointing: str) -> str:
-    return {"none": "all", "layers": "inputs of layers", "offload": "none here"}[checkpointing]
+def _kept(plan: TrainingPlan) -> str:
+    if plan.kept is None:
+        return {"none": "all", "layers": "inputs of layers", "offload": "none here"}[
+            plan.checkpointing
+        ]
+    layers = max(one.layers[1] for one in plan.base.devices if one.layers) + 1
+    inputs = "inputs of layers" + (" on the host" if plan.checkpointing == "offload" else "")
+    if all(count == layers for count in plan.kept.values()):
+        return "all" if plan.checkpointing != "offload" else f"all, {inputs}"
+    found = [
+        f"{label} in {'all' if plan.kept[name] == layers else f'{plan.kept[name]} of'} {layers}"
+        for name, label in _KEPT.items()
+        if plan.kept.get(name)
+    ]
+    return ", ".join([inputs, *found])
 
 
 def print_training_plan(plan: TrainingPlan) -> None:
@@ -113,6 +144,48 @@ def say_training_plan(plan: TrainingPlan) -> None:
         console.print(f"· {escape(reason)}")
 
 
+def say_rehearsed_plan(plan: TrainingPlan) -> None:
+    """The plan of a rehearsal, which has no data, as lines of talk."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(_base_line(plan))
+    console.print(
+        f"steps of {plan.batch_size:,} sequences of {plan.longest:,} random tokens, "
+        f"{plan.micro_batch:,} at once"
+    )
+    for line in _memory_lines(plan):
+        console.print(line)
+
+
+def print_rehearsal(rehearsal: TuningRehearsal) -> None:
+    """Predicted beside measured."""
+    console = Console(highlight=False, soft_wrap=True)
+    plan, on_gpu = rehearsal.plan, rehearsal.plan.base.devices[0].kind != "cpu"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for label in ("", "predicted", "measured", "measured / predicted"):
+        table.add_column(label, justify="right" if label else "left")
+    rows = [("peak without margin", rehearsal.predicted_bytes, rehearsal.measured_bytes)]
+    if on_gpu:
+        held = rehearsal.context_bytes + rehearsal.reserved_bytes
+        rows.insert(0, ("CUDA context", plan.terms.cuda_context, rehearsal.context_bytes))
+        rows.append(("with what the allocator caches", plan.peak_bytes, held))
+    else:
+        grown = "growth of the resident set"
+        terms = plan.terms
+        rows = [(grown, terms.peak_bytes, rehearsal.measured_bytes)]
+    for label, predicted, found in rows:
+        ratio = f"{found / predicted:.1%}" if predicted else "–"
+        table.add_row(label, format_bytes(predicted), format_bytes(found), ratio)
+    console.print(table)
+    if not on_gpu:
+        console.print("on a processor the libraries are in it: it is not held against the plan")
+    speed, predicted_speed = rehearsal.tokens_per_second, rehearsal.predicted_tokens_per_second
+    if speed is not None:
+        told = "" if predicted_speed is None else f", {predicted_speed:,.0f} predicted"
+        console.print(f"{speed:,.0f} tokens/s{told}")
+    if rehearsal.losses:
+        console.print("loss " + ", ".join(f"{one:.4f}" for one in rehearsal.losses))
+
+
 def print_tuning(report: TuningReport) -> None:
     """What came of it."""
     console = Console(highlight=False, soft_wrap=True)
@@ -134,6 +207,11 @@ def print_tuning(report: TuningReport) -> None:
         f"memory {format_bytes(report.measured_bytes)}, {format_bytes(report.planned_bytes)} "
         "planned"
     )
+    if report.exceeded_bytes:
+        console.print(
+            f"[bold red]{format_bytes(report.exceeded_bytes)} more than planned[/bold red]: "
+            "please report it"
+        )
 
 
 def _duration(seconds: float) -> str:

@@ -38,7 +38,13 @@ Gpus = Annotated[
         show_default=False,
     ),
 ]
-Format = Annotated[str, typer.Option("--format", help="Of the frozen weights.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="Of the frozen weights; auto: nf4-dq, or what the checkpoint is quantized in.",
+    ),
+]
 Rank = Annotated[int, typer.Option("--rank", help="Of the adapter.")]
 Alpha = Annotated[
     float | None,
@@ -130,7 +136,7 @@ def tune(
     dry_run: DryRun = False,
     resume: Resume = False,
     gpus: Gpus = None,
-    format: Format = "nf4-dq",
+    format: Format = "auto",
     rank: Rank = 16,
     alpha: Alpha = None,
     dropout: Dropout = 0.0,

@@ -47,14 +47,14 @@ def prepare_devices(plan: Plan, hardware: Hardware) -> None:
             continue
         check_cuda(device.index, device.uuid)
         if device.limit_bytes is not None:
-            _cap(device, device.limit_bytes)
+            limit_device(device, device.limit_bytes)
 
 
 def release_devices(plan: Plan) -> None:
     """Lifts the limits that `prepare_devices` set; for when the planned model is gone."""
     for device in plan.devices_in_use:
-        if device.kind == "cuda" and device.limit_bytes is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0, device.index)
+        if device.limit_bytes is not None:
+            release_device(device)
 
 
 def set_up_cuda() -> None:
@@ -92,8 +92,19 @@ def check_cuda(index: int, uuid: str | None) -> None:
         )
 
 
-def _cap(device: DevicePlan, limit_bytes: int) -> None:
-    """Makes torch fail rather than pass the limit: its own share is what the context leaves."""
+def limit_device(device: DevicePlan, limit_bytes: int) -> None:
+    """Makes torch fail rather than pass the limit: its own share is what the context leaves.
+
+    Nothing is done for a processor.
+    """
+    if device.kind != "cuda":
+        return
     total = torch.cuda.get_device_properties(device.index).total_memory
     share = (limit_bytes - device.terms.cuda_context) / total
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device.index)
+
+
+def release_device(device: DevicePlan) -> None:
+    """Lifts the limit of one."""
+    if device.kind == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)

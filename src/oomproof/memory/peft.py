@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from oomproof.formats import ceil_div
+from oomproof.memory.training_shape import Kept
 from oomproof.models.spec import ModelSpec, Role, TensorSpec
 
 FLOAT32 = 4
@@ -34,11 +35,15 @@ class Tuned:
     optimizer: str
     """"adamw", "adamw-8bit", "paged-adamw" or "paged-adamw-8bit"."""
     checkpointing: str
-    """"none", "layers" or "offload"."""
+    """"none", "layers", "offload", or of our own engine "auto"."""
     compute_bytes: int
     """Of an element that is computed: 2 for bfloat16, 4 for float32."""
     packed: bool
     """Whether several documents share a sequence, so that attention has a mask."""
+    documents: int = 0
+    """In a sequence, at most; 0 for as many as of 64 tokens each."""
+    kept: Kept | None = None
+    """What layers of our own engine keep, where `checkpointing` leaves it to the memory."""
 
 
 def target_linears(spec: ModelSpec, target_modules: Sequence[str]) -> tuple[TensorSpec, ...]:
@@ -74,6 +79,19 @@ def optimizer_bytes(elements: Sequence[int], optimizer: str) -> int:
     )
 
 
+def split_optimizer_bytes(elements: Sequence[int], optimizer: str) -> tuple[int, int]:
+    """Bytes of both moments on the device, and in the managed memory of paged optimizers.
+
+    bitsandbytes pages the states of large matrices, not the scales of their 8-bit blocks.
+    """
+    everything = optimizer_bytes(elements, optimizer)
+    if not optimizer.startswith("paged"):
+        return everything, 0
+    size = 1 if "8bit" in optimizer else FLOAT32
+    paged = 2 * size * sum(count for count in elements if count >= _LEAST_PAGED)
+    return everything - paged, paged
+
+
 def training_terms(
     spec: ModelSpec, tuned: Tuned, *, micro_batch: int, length: int
 ) -> tuple[Mapping[str, int], Mapping[str, int]]:
@@ -90,10 +108,7 @@ def training_terms(
         offloaded and optimizer of the host.
     """
     elements = adapter_tensors(spec, tuned)
-    paged = tuned.optimizer.startswith("paged")
-    kept = [count for count in elements if not paged or count < _LEAST_PAGED]
-    states = optimizer_bytes(kept, tuned.optimizer)
-    paged_states = optimizer_bytes(elements, tuned.optimizer) - states
+    states, paged_states = split_optimizer_bytes(elements, tuned.optimizer)
     tokens = micro_batch * length
     inputs = spec.num_hidden_layers * tokens * spec.hidden_size * tuned.compute_bytes
     layer = max(

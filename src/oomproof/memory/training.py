@@ -71,7 +71,13 @@ class TrainingTerms:
         return self.peak_bytes - self.comm
 
 
-OPTIMIZER_STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adamw-paged": 2, "none": 0}
+OPTIMIZER_STATE_BYTES = {
+    "adamw": 8,
+    "adamw-8bit": 2,
+    "adamw-paged": 2,
+    "adamw-paged-32bit": 8,
+    "none": 0,
+}
 """Optimizer → bytes of its moments for each trained number."""
 _LEAST_PAGED = 100_000
 """Numbers of a matrix whose moments bitsandbytes' paged optimizers keep in managed memory."""
@@ -130,12 +136,12 @@ def _optimizer_bytes(spec: ModelSpec, shape: TrainingShape, optimizer: str) -> i
     """State of each A and each B, each tensor of it an allocation of its own."""
     if optimizer == "none":
         return 0
-    in_8bit = optimizer != "adamw"
+    in_8bit = optimizer in {"adamw-8bit", "adamw-paged"}
     shapes = adapter_shapes(spec, shape.rank, shape.targets).values()
     sizes: list[int] = []
     for numel in (prod(matrix) for pair in shapes for matrix in pair):
         in_32bit = not in_8bit or numel < _LEAST_8BIT
-        if optimizer != "adamw-paged" or numel < _LEAST_PAGED:
+        if not optimizer.startswith("adamw-paged") or numel < _LEAST_PAGED:
             sizes += 2 * [allocated(numel * (4 if in_32bit else 1))]
         # An absmax for each moment, or the count of steps, which bitsandbytes has in Python.
         if not in_8bit:

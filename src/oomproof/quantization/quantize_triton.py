@@ -205,6 +205,10 @@ def _blocks(
         code = _code_int4(value, _wide(bits)[:, None])
     else:
         tl.store(scales + block, peak, mask=is_block)
+        # Fast arithmetic takes what is below the least normal number for 0, which has no sign: what
+        # goes into a product, and what comes out.
+        if APPROXIMATES:
+            value = tl.where(tl.abs(value) >= _LEAST_NORMAL, value, 0.0)
         if DIVIDES:
             scaled = tl.div_rn(value, _at_least_tiny(peak)[:, None] + tl.zeros_like(value))
         elif APPROXIMATES:
@@ -212,16 +216,14 @@ def _blocks(
                 "rcp.approx.ftz.f32 $0, $1;", "=f,f", [_at_least_tiny(peak)],
                 dtype=tl.float32, is_pure=True, pack=1,
             )  # fmt: skip
-            # Fast arithmetic takes what is below the least normal number for 0, which has no sign:
-            # what goes into a product, and what comes out.
-            normal = tl.where(tl.abs(value) >= _LEAST_NORMAL, value, 0.0)
-            scaled = normal * inverse[:, None]
-            scaled = tl.where(tl.abs(scaled) >= _LEAST_NORMAL, scaled, 0.0)
+            scaled = value * inverse[:, None]
         else:
             scaled = (
                 value
                 * tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), _at_least_tiny(peak))[:, None]
             )
+        if APPROXIMATES:
+            scaled = tl.where(tl.abs(scaled) >= _LEAST_NORMAL, scaled, 0.0)
         if len(THRESHOLDS) == 15:
             code = _code_nf4(scaled, THRESHOLDS)
         else:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oomproof.errors import PlanDoesNotFitError
 from oomproof.hardware.spec import Hardware
-from oomproof.loading.devices import prepare_devices
+from oomproof.loading.devices import limit_device, prepare_devices, release_device
 from oomproof.models.spec import ModelSpec
 from oomproof.tuning.batches import BatchMaker
 from oomproof.tuning.engines import build_native, build_with_peft
@@ -20,9 +21,46 @@ from oomproof.tuning.packing import Rows, schedule
 from oomproof.tuning.plan import TrainingPlan
 from oomproof.tuning.prepare import Prepared
 from oomproof.tuning.progress import OnTuning
+from oomproof.units import format_bytes
 
 if TYPE_CHECKING:
     from oomproof.tuning.run import Tuning
+
+
+def open_device(plan: TrainingPlan, hardware: Hardware) -> torch.device:
+    """Where a plan is executed, with its limit set; `close_device` lifts that.
+
+    Our own engine may take what its plan says and not a byte more, in whatever order its blocks
+    come and go: torch's allocator gives back what it caches before it passes the limit.
+
+    Raises:
+        HardwareError, PlanDoesNotFitError: The device is not what was planned for.
+    """
+    [device] = plan.base.devices
+    prepare_devices(plan.base, hardware)
+    free = next(one.free_bytes for one in hardware.devices if one.index == device.index)
+    needed = plan.peak_bytes + (plan.base.host.peak_bytes if device.kind == "cpu" else 0)
+    if free < needed:
+        raise PlanDoesNotFitError(
+            f"{plan.device} has {format_bytes(free)} free now, training needs "
+            f"{format_bytes(needed)}",
+            shortfall_bytes=needed - free,
+            remedy="free it, or run the same command again: it plans anew",
+        )
+    if device.kind == "cpu":
+        return torch.device("cpu")
+    place = torch.device("cuda", device.index)
+    torch.cuda.set_device(place)
+    if plan.engine == "native":
+        # What this process holds already is none of the plan's.
+        limit_device(device, plan.peak_bytes + torch.cuda.memory_reserved(place))
+    return place
+
+
+def close_device(plan: TrainingPlan) -> None:
+    """Lifts the limit of memory, when the model is gone."""
+    [device] = plan.base.devices
+    release_device(device)
 
 
 def assemble(  # noqa: PLR0913 - everything that a run is made of
@@ -59,11 +97,7 @@ def assemble(  # noqa: PLR0913 - everything that a run is made of
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from oomproof.tuning.run import Tuning
 
-    [device] = plan.base.devices
-    place = torch.device("cpu" if device.kind == "cpu" else f"cuda:{device.index}")
-    prepare_devices(plan.base, hardware)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    place = open_device(plan, hardware)
     base_id = spec.source.path if spec.source.kind == "hub" else str(model_folder)
 
     def build() -> Any:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from oomproof.errors import NotRunnableError
-from oomproof.formats import get_format
+from oomproof.formats import FORMATS, get_format
 from oomproof.hardware.spec import DeviceSpec
-from oomproof.memory.peft import FLOAT32, Tuned, adapter_tensors, optimizer_bytes
+from oomproof.memory.training_shape import ALL_LINEARS as DECODER_LINEARS
+from oomproof.memory.training_shape import Kept
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.engines import why_not_native
-from oomproof.tuning.options import ALL_LINEARS, TuningSettings
+from oomproof.tuning.frozen import check_trainable
+from oomproof.tuning.model import (
+    LoraSettings,
+    TrainingModel,
+    TrainingOptions,
+    build_training_model,
+)
+from oomproof.tuning.options import ALL_LINEARS, AdapterSettings, TuningSettings
 from oomproof.tuning.plan import TrainingPlan
 
 Progress = Callable[[int, int], None]
 
-_CORE = "oomproof.tuning.model"
-_STATES = {"paged-adamw": "adamw-paged", "paged-adamw-8bit": "adamw-paged"}
 
-
-def choose_engine(asked: str, spec: ModelSpec, format_name: str, device: DeviceSpec) -> str:
+def choose_engine(
+    asked: str, spec: ModelSpec, format_name: str, compute_dtype: str, device: DeviceSpec
+) -> str:
     """Says "native" where our core trains the model there, else "transformers".
 
     Raises:
@@ -33,126 +39,91 @@ def choose_engine(asked: str, spec: ModelSpec, format_name: str, device: DeviceS
     if asked == "transformers":
         return asked
     problem = _why_not_core(spec, format_name, device)
-    if problem is None:
+    if problem is None and compute_dtype != "float16":
         return "native"
-    if asked == "native":
-        raise NotRunnableError(problem, remedy="use --engine transformers")
-    return "transformers"
+    if asked != "native":
+        return "transformers"
+    if problem is None:
+        raise NotRunnableError(
+            "gradients overflow in float16", remedy="use --compute-dtype bfloat16"
+        )
+    raise NotRunnableError(problem, remedy="use --engine transformers")
 
 
 def _why_not_core(spec: ModelSpec, format_name: str, device: DeviceSpec) -> str | None:
-    if find_spec(_CORE) is None:
-        return "this version has no training core of its own"
+    own = spec.checkpoint_quantization
+    if own is not None:
+        if own.held_as not in FORMATS or FORMATS[own.held_as].quant_type is None:
+            return f"{own.method}'s weights have no gradient here, but those of its 4-bit formats"
+        format_name = own.held_as
     problem = why_not_native(spec, get_format(format_name), (device,))
-    if problem is None and spec.checkpoint_quantization is not None:
-        problem = "a checkpoint that is quantized already is trained by transformers"
     if problem is not None:
         return problem
     try:
-        import_module("oomproof.tuning.frozen").check_trainable(spec, format_name)
+        check_trainable(spec, format_name)
     except NotRunnableError as error:
         return error.message
     return None
 
 
-def native_terms(
-    spec: ModelSpec,
-    settings: TuningSettings,
-    tuned: Tuned,
-    micro_batch: int,
-    length: int,
-) -> tuple[Mapping[str, int], Mapping[str, int]]:
-    """The core's own memory model, in the terms of a training plan."""
-    import torch
-
-    core, memory = import_module(_CORE), import_module("oomproof.memory.training")
-    shape = core.shape_of(
-        spec,
-        _lora(settings),
-        torch.float32 if tuned.compute_bytes == FLOAT32 else torch.bfloat16,
-        _options(spec, settings.format, tuned.checkpointing, micro_batch, length),
-    )
-    found = memory.training_memory(
-        spec, shape, optimizer=_STATES.get(tuned.optimizer, tuned.optimizer)
-    )
-    device = {
-        "weights": found.weights,
-        "adapters": found.adapters,
-        "gradients": found.gradients,
-        "optimizer": found.optimizer,
-        # Logits share their memory with a layer's activations: they are in the workspace.
-        "activations": found.checkpoints
-        + found.kept
-        + found.buffers
-        + found.workspace
-        + found.batch,
-        "dequantization": found.scratch,
-        "library": found.libraries + found.rounding,
-    }
-    paged = tuned.optimizer.startswith("paged")
-    states = optimizer_bytes(adapter_tensors(spec, tuned), tuned.optimizer) if paged else 0
-    return device, {"offloaded": memory.host_bytes(spec, shape), "optimizer": states}
-
-
-def _lora(settings: TuningSettings) -> Any:
-    adapter = settings.adapter
-    targets = adapter.target_modules
-    named = {} if targets == (ALL_LINEARS,) else {"target_modules": targets}
-    return import_module(_CORE).LoraSettings(
-        rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, **named
+def lora_settings(adapter: AdapterSettings) -> LoraSettings:
+    """The core's words for an adapter."""
+    everything = adapter.target_modules == (ALL_LINEARS,)
+    return LoraSettings(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        target_modules=DECODER_LINEARS if everything else adapter.target_modules,
     )
 
 
-def _options(
-    spec: ModelSpec, format_name: str, checkpointing: str, micro_batch: int, length: int
-) -> Any:
-    """Inputs of layers are always kept; "none" keeps all that spares computing again."""
-    layers = spec.num_hidden_layers
-    kept = {"attention": layers}
-    if checkpointing == "none":
-        kept |= {"mid": layers, "qkv": layers, "gate_up": layers}
-    return import_module(_CORE).TrainingOptions(
-        tokens=micro_batch * length,
-        positions=length,
-        format=format_name,
-        kept=import_module("oomproof.memory.training_shape").Kept(**kept),
-        offload_checkpoints=checkpointing == "offload",
+def core_options(plan: TrainingPlan) -> TrainingOptions:
+    """What the core allocates for a plan: exactly what was counted."""
+    assert plan.kept is not None
+    documents = plan.data.documents
+    return TrainingOptions(
+        tokens=plan.micro_batch * plan.longest,
+        positions=plan.longest,
+        # The padding behind a sequence's last document is one more.
+        sequences=plan.micro_batch * (documents + 1) if documents else 0,
+        format=plan.format,
+        kept=Kept(**plan.kept),
+        offload_checkpoints=plan.checkpointing == "offload",
     )
 
 
 def build_native(
     plan: TrainingPlan,
     spec: ModelSpec,
-    folder: Path,
+    folder: Path | None,
     settings: TuningSettings,
     *,
     progress: Progress | None = None,
-) -> Any:
+) -> TrainingModel:
     """The base in our core, with a new adapter.
+
+    Args:
+        plan: What is executed.
+        spec: The model, with the headers of its checkpoint where there is a folder.
+        folder: Where its files are; None for random weights.
+        settings: What is asked.
+        progress: Told of bytes loaded.
 
     Raises:
         OomproofError: As the core's `build_training_model`.
     """
-    import torch
-
-    core = import_module(_CORE)
     [device] = plan.base.devices
     place = torch.device("cpu" if device.kind == "cpu" else f"cuda:{device.index}")
-    model = core.build_training_model(
+    return build_training_model(
         spec,
         folder,
-        _lora(settings),
+        lora_settings(settings.adapter),
         device=place,
         compute_dtype=getattr(torch, plan.compute_dtype),
-        options=_options(spec, plan.format, plan.checkpointing, plan.micro_batch, plan.longest),
+        options=core_options(plan),
         seed=settings.seed,
         progress=progress,
     )
-    model.accepts_loss_kwargs = True
-    if not hasattr(model, "seek"):
-        # Dropout is drawn from the number of the pass, which a resumed run has to go on with.
-        model.seek = partial(setattr, model._core, "_passes_begun")  # noqa: SLF001
-    return model
 
 
 def chunks_loss(config: Mapping[str, object]) -> bool:
@@ -164,7 +135,7 @@ def chunks_loss(config: Mapping[str, object]) -> bool:
 def build_with_peft(
     plan: TrainingPlan,
     spec: ModelSpec,
-    folder: Path,
+    folder: Path | None,
     settings: TuningSettings,
     *,
     base_id: str,
@@ -173,18 +144,21 @@ def build_with_peft(
 ) -> Any:
     """The base as planned, with a new adapter, on transformers and peft.
 
+    Without a folder the weights are random.
+
     Raises:
         OomproofError: As `compat.model.load_model`.
         NotRunnableError: Packed documents would see each other.
     """
-    import torch
-
-    from oomproof.compat.model import load_model
+    from oomproof.compat.model import load_model, load_random_model
     from oomproof.tuning.peft_model import PeftTrainingModel, refuse_leaking_packs
 
-    model = load_model(
-        plan.base, spec, folder, progress=progress, trust_remote_code=trust_remote_code
-    )
+    if folder is None:
+        model = load_random_model(plan.base, spec, progress=progress)
+    else:
+        model = load_model(
+            plan.base, spec, folder, progress=progress, trust_remote_code=trust_remote_code
+        )
     built = PeftTrainingModel(
         model,
         settings.adapter,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from oomproof.errors import InputError
+from oomproof.formats import FIT
 
 LongSamples = Literal["refuse", "truncate", "drop"]
 Checkpointing = Literal["auto", "none", "layers", "offload"]
@@ -68,8 +69,8 @@ class TuningSettings:
     """Options of `tune`; it refuses what makes no sense before anything is read."""
 
     adapter: AdapterSettings
-    format: str = "nf4-dq"
-    """Of the frozen weights."""
+    format: str = "auto"
+    """Of the frozen weights; "auto": nf4-dq, or what the checkpoint is quantized in."""
     context: int | None = None
     """Tokens of a sequence; None for min(2048, the model's maximum)."""
     long_samples: LongSamples = "refuse"
@@ -102,6 +103,8 @@ class TuningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.format == FIT:
+            raise InputError(f"format {FIT} is not trained on", remedy="use nf4-dq")
         _require(self.long_samples, "long-samples", LongSamples)
         _require(self.optimizer, "optimizer", Optimizer)
         _require(self.checkpointing, "checkpointing", Checkpointing)

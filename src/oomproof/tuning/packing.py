@@ -64,6 +64,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ends)
 
+    @property
+    def most_samples(self) -> int:
+        """Of a sequence."""
+        return int(np.diff(self.ends, prepend=0).max(initial=0))
+
     def row(self, number: int) -> Numbers:
         """The samples of a sequence, in their order."""
         begin = int(self.ends[number - 1]) if number else 0

@@ -33,7 +33,9 @@ class TrainingTerms:
     dequantization: int = 0
     """The 16-bit copy of the weight that is multiplied."""
     library: int = 0
-    """What cuBLAS and the allocator keep."""
+    """What cuBLAS keeps, and how torch's allocator rounds."""
+    allocator: int = 0
+    """Blocks of other sizes that torch's allocator may cache; it can do without."""
     staging: int = 0
     """Source tensors on their way, while loading."""
     margin: int = 0
@@ -48,6 +50,7 @@ class TrainingTerms:
             + self.logits
             + self.dequantization
             + self.library
+            + self.allocator
         )
 
     @property
@@ -93,12 +96,20 @@ class TrainingData:
     """Share of their tokens that is no padding."""
     lengths: tuple[tuple[int, int], ...]
     """(tokens, samples): the histogram, in powers of two."""
+    documents: int = 0
+    """Samples in a sequence, at most; 0 where it is not known."""
 
     @property
     def tokens_per_row(self) -> float:
         """Mean of the sequences' tokens, held-out samples counted with the others."""
         learned = self.samples - self.validation_samples
         return self.tokens * learned / max(1, self.samples) / max(1, self.rows)
+
+    @property
+    def document_tokens(self) -> float:
+        """Mean length of the sample that a token is in, by the histogram."""
+        tokens = sum(length * count for length, count in self.lengths)
+        return sum(length * length * count for length, count in self.lengths) / max(1, tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +140,10 @@ class TrainingPlan:
     micro_batches_per_step: int
     optimizer: str
     checkpointing: str
+    """"none", "layers", "offload", or "auto": as `kept` has it."""
+    kept: Mapping[str, int] | None
+    """What the last layers keep for the backward pass → how many of them; None where the engine
+    keeps all of it or nothing."""
     chunked_loss: bool
     device: str
     device_index: int
@@ -143,7 +158,7 @@ class TrainingPlan:
     flops: float
     """Of the whole run."""
     train_s: float | None
-    """Predicted from FLOPs; None where the device's rate is not known."""
+    """Predicted (tuning/speed.py); None where the device's FLOP/s are not known."""
     remedies: tuple[str, ...]
     """What would make it fit; empty where it does."""
     reasons: tuple[str, ...]

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 
-from oomproof.formats import get_format
-from oomproof.hardware.spec import DeviceSpec, Hardware
-from oomproof.memory.peft import Tuned, adapter_tensors, training_terms
+from oomproof.errors import NotRunnableError
+from oomproof.hardware.spec import Hardware
+from oomproof.memory.peft import Tuned, adapter_tensors
 from oomproof.memory.profiles import engine_profile
-from oomproof.models.spec import ModelSpec, Role
+from oomproof.models.spec import ModelSpec
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import PlanRequest
 from oomproof.planning.search import make_plan
-from oomproof.planning.speed import CALIBRATIONS
 from oomproof.tuning.options import TuningSettings
 from oomproof.tuning.plan import Bucket, TrainingData, TrainingPlan, TrainingTerms, as_terms
-from oomproof.units import format_bytes, round_up
+from oomproof.tuning.remedies import remedies
+from oomproof.tuning.speed import Work, seconds_of, work_of
+from oomproof.tuning.step_memory import NativeMemory, PeftMemory, StepMemory
 
 _BASE_CONTEXT = 256
-_CHECKPOINTING = ("none", "layers", "offload")
 _OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit")
 _CPU_OPTIMIZERS = ("adamw",)
 _LEAST_BATCH = 4
 """Sequences at once below which recomputing activations is chosen instead."""
 
-TermsOf = Callable[[Tuned, int, int], tuple[Mapping[str, int], Mapping[str, int]]]
-"""(what is trained and how, sequences at once, tokens of each) → bytes of device and host."""
+_FASTER = 0.95
+"""Of the predicted time: what is told of, and what is not worth a word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +45,10 @@ class TrainingPlanner:
         hardware: The machine; the device with the most free memory is used.
         request: Limits of memory, and the base's format.
         settings: What is asked.
-        terms_of: The engine's memory model.
-        engine: Its name.
+        engine: "native" or "transformers".
+
+    Raises:
+        NotRunnableError: The engine does not hold that format.
     """
 
     def __init__(
@@ -56,32 +58,35 @@ class TrainingPlanner:
         request: PlanRequest,
         settings: TuningSettings,
         *,
-        terms_of: TermsOf | None = None,
         engine: str = "transformers",
     ) -> None:
         self._spec, self._settings, self._engine = spec, settings, engine
         self.device = max(hardware.devices, key=lambda one: one.free_bytes)
         self._machine = replace(hardware, devices=(self.device,), links=())
         self._devices = len(hardware.devices)
+        context = min(_BASE_CONTEXT, spec.max_position_embeddings)
+        # The base is loaded for training alone: it keeps no cache worth the name.
+        request = replace(request, context=context, concurrency=1, engine=engine)
+        held = make_plan(spec, self._machine, replace(request, compute_dtype="auto"))
+        if not held.runnable:
+            raise NotRunnableError(
+                f"{spec.id} cannot be trained in {held.format}: {held.not_runnable}",
+                remedy="use --format nf4-dq",
+            )
         if self.device.kind == "cpu" and request.compute_dtype == "auto":
             # Products of bfloat16 are no faster on most processors, and attention is slower.
             request = replace(request, compute_dtype="float32")
-        context = min(_BASE_CONTEXT, spec.max_position_embeddings)
-        # The base is loaded for training alone: it keeps no cache worth the name.
-        self.base: Plan = make_plan(
-            spec, self._machine, replace(request, context=context, concurrency=1, engine=engine)
-        )
+        self.base: Plan = make_plan(spec, self._machine, request)
         [planned] = self.base.devices
         self.usable_bytes = planned.usable_bytes
         self.host_bytes = self.base.host.usable_bytes
         profile = engine_profile(engine, self.device, hardware.host)
         self._library_bytes = profile.library_workspace_bytes + profile.fragmentation_bytes
-        self._terms_of = terms_of or self._peft_terms
-
-    def _peft_terms(
-        self, tuned: Tuned, micro_batch: int, length: int
-    ) -> tuple[Mapping[str, int], Mapping[str, int]]:
-        return training_terms(self._spec, tuned, micro_batch=micro_batch, length=length)
+        on_gpu = self.device.kind != "cpu"
+        self._memory: StepMemory = PeftMemory(spec, on_gpu=on_gpu)
+        if engine == "native":
+            dropout = settings.adapter.dropout > 0
+            self._memory = NativeMemory(spec, self.base.format, dropout=dropout, on_gpu=on_gpu)
 
     def plan(
         self,
@@ -101,19 +106,22 @@ class TrainingPlanner:
         """
         settings = self._settings
         batch_size = min(settings.batch_size, max(1, data.rows))
-        choice = self._choose(longest, batch_size)
-        tuned, micro = choice.tuned, max(1, choice.micro_batch)
+        choice = self._choose(longest, batch_size, data.documents)
+        least, micro = choice.tuned, max(1, choice.micro_batch)
         # As many passes as needed, each about as large: the peak is no higher than it has to be.
         passes = ceil(batch_size / micro)
         micro = ceil(batch_size / passes)
-        terms, host = self._terms(tuned, micro, longest)
+        tuned = self._filled(least, micro, longest)
+        terms, host = self._terms_and_slack(tuned, micro, longest)
         short = max(0, terms.peak_bytes - self.usable_bytes)
         fits = choice.micro_batch > 0 and short == 0
         steps = max(1, ceil(round(settings.epochs * data.rows, 6) / batch_size))
         if settings.max_steps is not None:
             steps = min(steps, settings.max_steps)
-        tokens = steps * batch_size * data.tokens_per_row
-        flops = self._flops(tokens, longest, recompute=tuned.checkpointing != "none")
+        work, seconds = self._timed(tuned, data, longest, steps * batch_size, steps * passes)
+        faster = None
+        if fits and seconds is not None and settings.micro_batch is None:
+            faster = self._faster(least, data, longest, steps, batch_size, micro, seconds)
         return TrainingPlan(
             base=self.base,
             engine=self._engine,
@@ -133,27 +141,99 @@ class TrainingPlanner:
             micro_batches_per_step=passes,
             optimizer=tuned.optimizer,
             checkpointing=tuned.checkpointing,
+            kept=None if tuned.kept is None else asdict(tuned.kept),
             chunked_loss=chunked_loss,
             device=self.device.name,
             device_index=self.device.index,
             usable_bytes=self.usable_bytes,
             terms=terms,
             host_bytes=sum(host.values()),
-            buckets=self._buckets(tuned, data, longest, batch_size),
+            buckets=self._buckets(least, data, longest, batch_size),
             data=data,
             steps=steps,
             epochs=steps * batch_size / max(1, data.rows),
-            flops=flops,
-            train_s=self._seconds(flops),
-            remedies=() if fits else self._remedies(tuned, longest),
-            reasons=self._reasons(tuned, batch_size, chunked_loss=chunked_loss),
+            flops=work.flops,
+            train_s=seconds,
+            remedies=()
+            if fits
+            else remedies(
+                self._fits,
+                least,
+                longest,
+                ways=self._memory.ways,
+                on_gpu=self.device.kind != "cpu",
+                format_name=self.base.format,
+            ),
+            reasons=(
+                *self._reasons(tuned, batch_size, chunked_loss=chunked_loss),
+                *(() if faster is None else (faster,)),
+            ),
         )
+
+    def _timed(
+        self, tuned: Tuned, data: TrainingData, longest: int, rows: int, micro_batches: int
+    ) -> tuple[Work, float | None]:
+        work = work_of(
+            self._spec,
+            tokens=rows * data.tokens_per_row,
+            document=min(longest, data.document_tokens),
+            kept=tuned.kept,
+            recompute=tuned.checkpointing != "none",
+        )
+        return work, seconds_of(
+            self._spec, self.device, self._engine, work, micro_batches=micro_batches
+        )
+
+    def _faster(
+        self,
+        least: Tuned,
+        data: TrainingData,
+        longest: int,
+        steps: int,
+        batch_size: int,
+        micro: int,
+        seconds: float,
+    ) -> str | None:
+        """Fewer sequences at once leave room to keep more: where that is faster, it is told."""
+        if least.checkpointing != "auto":
+            return None
+        found = []
+        while micro > 1:
+            micro = ceil(micro / 2)
+            tuned, passes = self._filled(least, micro, longest), ceil(batch_size / micro)
+            _, took = self._timed(tuned, data, longest, steps * batch_size, steps * passes)
+            found.append((took or seconds, micro))
+        took, micro = min(found, default=(seconds, micro))
+        if took > _FASTER * seconds:
+            return None
+        less = f"{1 - took / seconds:.0%}"
+        return f"--micro-batch {micro} keeps more activations: about {less} less time"
 
     def _terms(
         self, tuned: Tuned, micro_batch: int, length: int
     ) -> tuple[TrainingTerms, Mapping[str, int]]:
-        device, host = self._terms_of(tuned, micro_batch, length)
+        device, host = self._memory.terms(tuned, micro_batch, length)
         return as_terms(self.base, device, self._library_bytes), host
+
+    def _filled(self, tuned: Tuned, micro_batch: int, length: int) -> Tuned:
+        """The same with as many activations kept as there is memory left for."""
+        terms, _ = self._terms(tuned, micro_batch, length)
+        outside = terms.cuda_context + terms.margin
+        filled = tuned
+        for _ in range(2):  # what is kept needs no room to be computed again: more is left
+            slack = self._memory.slack_bytes(filled, micro_batch, length)
+            # Where there is no room for the slack, nothing is kept beside it either.
+            limit = max(self.usable_bytes - slack, terms.peak_bytes) - outside
+            filled = replace(tuned, kept=self._memory.kept(tuned, micro_batch, length, limit))
+        return filled
+
+    def _terms_and_slack(
+        self, tuned: Tuned, micro_batch: int, length: int
+    ) -> tuple[TrainingTerms, Mapping[str, int]]:
+        terms, host = self._terms(tuned, micro_batch, length)
+        slack = self._memory.slack_bytes(tuned, micro_batch, length)
+        left = max(0, self.usable_bytes - terms.peak_bytes)
+        return replace(terms, allocator=min(slack, left)), host
 
     def _fits(self, tuned: Tuned, micro_batch: int, length: int) -> bool:
         terms, host = self._terms(tuned, micro_batch, length)
@@ -172,7 +252,7 @@ class TrainingPlanner:
                 high = middle - 1
         return low
 
-    def _tuned(self, optimizer: str, checkpointing: str) -> Tuned:
+    def _tuned(self, optimizer: str, checkpointing: str, documents: int) -> Tuned:
         adapter = self._settings.adapter
         return Tuned(
             rank=adapter.rank,
@@ -181,6 +261,7 @@ class TrainingPlanner:
             checkpointing=checkpointing,
             compute_bytes=4 if self.base.compute_dtype == "float32" else 2,
             packed=self._settings.packing,
+            documents=documents,
         )
 
     def _ways(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -188,14 +269,14 @@ class TrainingPlanner:
         settings = self._settings
         on_cpu = self.device.kind == "cpu"
         optimizers: tuple[str, ...] = _CPU_OPTIMIZERS if on_cpu else _OPTIMIZERS
-        kept: tuple[str, ...] = _CHECKPOINTING[:2] if on_cpu else _CHECKPOINTING
+        kept = self._memory.ways
         if settings.optimizer != "auto":
             optimizers = (settings.optimizer,)
         if settings.checkpointing != "auto":
             kept = (settings.checkpointing,)
         return optimizers, kept
 
-    def _choose(self, length: int, batch_size: int) -> _Choice:
+    def _choose(self, length: int, batch_size: int, documents: int) -> _Choice:
         """The fastest way in which the longest sequences fit."""
         settings = self._settings
         most = settings.micro_batch or batch_size
@@ -204,7 +285,7 @@ class TrainingPlanner:
         best: _Choice | None = None
         for optimizer in optimizers:
             for checkpointing in kept:
-                tuned = self._tuned(optimizer, checkpointing)
+                tuned = self._tuned(optimizer, checkpointing, documents)
                 micro = self._largest(tuned, length, most)
                 if settings.micro_batch is not None and micro < settings.micro_batch:
                     micro = 0
@@ -216,7 +297,7 @@ class TrainingPlanner:
         if best.micro_batch:
             return best
         # Nothing fits: what misses the least is told.
-        choices = [self._tuned(one, other) for one in optimizers for other in kept]
+        choices = [self._tuned(one, other, documents) for one in optimizers for other in kept]
         least = min(choices, key=lambda one: self._terms(one, 1, length)[0].peak_bytes)
         return _Choice(tuned=least, micro_batch=0)
 
@@ -239,40 +320,6 @@ class TrainingPlanner:
             )
         return tuple(found)
 
-    def _remedies(self, tuned: Tuned, longest: int) -> tuple[str, ...]:
-        """What would make one of the longest sequences fit, each alone."""
-        found = []
-        length = round_up(max(1, longest // 2), 64)
-        while length >= 64:
-            if self._fits(tuned, 1, length):
-                found.append(f"--context {self._longest_that_fits(tuned, longest)}")
-                break
-            length = length // 2 // 64 * 64
-        for flag, other in (
-            ("--checkpointing layers", replace(tuned, checkpointing="layers")),
-            ("--checkpointing offload", replace(tuned, checkpointing="offload")),
-            ("--optimizer adamw-8bit", replace(tuned, optimizer="adamw-8bit")),
-            ("--optimizer paged-adamw-8bit", replace(tuned, optimizer="paged-adamw-8bit")),
-            (f"--rank {max(1, tuned.rank // 4)}", replace(tuned, rank=max(1, tuned.rank // 4))),
-            ("--no-packing", replace(tuned, packed=False)),
-        ):
-            works_here = self.device.kind != "cpu" or flag == "--checkpointing layers"
-            if other != tuned and works_here and self._fits(other, 1, longest):
-                found.append(flag)
-        if self.base.format != "nf4-dq" and not found:
-            found.append("--format nf4-dq")
-        return tuple(found) or ("a smaller model, or a device with more memory",)
-
-    def _longest_that_fits(self, tuned: Tuned, longest: int) -> int:
-        low, high = 1, longest // 64
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._fits(tuned, 1, middle * 64):
-                low = middle
-            else:
-                high = middle - 1
-        return low * 64
-
     def _reasons(self, tuned: Tuned, batch_size: int, *, chunked_loss: bool) -> tuple[str, ...]:
         settings, found = self._settings, []
         if self._devices > 1:
@@ -283,45 +330,12 @@ class TrainingPlanner:
             found.append(f"the data has {batch_size:,} sequences: as many make a step")
         if settings.optimizer == "auto" and tuned.optimizer != "adamw":
             found.append(f"{tuned.optimizer} is taken: 32-bit states leave too little room")
-        if settings.checkpointing == "auto" and tuned.checkpointing != "none":
-            where = ", their inputs kept in host memory" if tuned.checkpointing == "offload" else ""
-            found.append(f"layers are computed again in the backward pass{where}")
+        if settings.checkpointing == "auto" and tuned.checkpointing == "layers":
+            found.append("layers are computed again in the backward pass")
+        if settings.checkpointing == "auto" and tuned.checkpointing == "offload":
+            found.append("inputs of layers wait in host memory for the backward pass")
         if not chunked_loss:
             found.append("logits of a whole sequence exist at once: this model scales them")
         if not settings.packing:
             found.append("each sequence has one sample")
         return tuple(found)
-
-    def _flops(self, tokens: float, length: int, *, recompute: bool) -> float:
-        """Forward, through the frozen weights backward, and forward again where recomputed.
-
-        A frozen weight has no gradient of its own: two products instead of three.
-        """
-        weights = sum(
-            one.numel for one in self._spec.tensors if one.role in (Role.LINEAR, Role.HEAD)
-        )
-        if self._spec.tie_word_embeddings:
-            weights += self._spec.vocab_size * self._spec.hidden_size
-        attention = sum(
-            self._spec.num_attention_heads * (one.query_head_dim + one.output_head_dim)
-            for one in self._spec.attention
-        )
-        passes = 3 if recompute else 2
-        return tokens * (2 * weights * passes + length * attention * (passes + 1))
-
-    def _seconds(self, flops: float) -> float | None:
-        device: DeviceSpec = self.device
-        if device.flops_per_s is None:
-            return None
-        kind = "4-bit" if get_format(self.base.format).quant_type is not None else "16-bit"
-        return flops / (device.flops_per_s * CALIBRATIONS["transformers", kind].flops_efficiency)
-
-
-def describe_shortfall(plan: TrainingPlan) -> tuple[str, str]:
-    """What does not fit, and what would help."""
-    message = (
-        f"one sequence of {plan.longest:,} tokens needs {format_bytes(plan.peak_bytes)}, "
-        f"{plan.device} has {format_bytes(plan.usable_bytes)}: "
-        f"{format_bytes(plan.shortfall_bytes)} missing"
-    )
-    return message, "use " + ", or ".join(plan.remedies)

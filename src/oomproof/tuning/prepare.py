@@ -130,6 +130,7 @@ def prepare(
             rows=len(rows),
             filled=float(rows.lengths.sum()) / (len(rows) * longest),
             lengths=length_histogram([int(one) for one in lengths], facts.longest),
+            documents=max(rows.most_samples, validation.most_samples),
         ),
     )
 

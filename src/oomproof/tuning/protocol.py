@@ -41,6 +41,3 @@ class TrainingModel(Protocol):
 
     def load_adapter(self, folder: Path) -> None:
         """Takes the adapter's values from a folder that `save_adapter` wrote."""
-
-    # A model with random numbers of its own has `seek(number)`, called before each micro-batch of
-    # training with its number in the whole run: what it draws then depends on nothing else.

@@ -43,9 +43,12 @@ class TuningReport:
     tokens_per_second: float | None
     seconds: float
     planned_bytes: int
-    """Of the device while it trains: the plan's peak without context and margin."""
+    """The plan's peak without the context; on a GPU without the margin too."""
     measured_bytes: int
     """What torch reserved on a GPU; on a processor the growth of the resident set."""
+    exceeded_bytes: int
+    """What a GPU gave beyond the plan, which is a mistake of the plan's; 0 on a processor, whose
+    resident set has more in it."""
     trainable_parameters: int
 
     def as_dict(self) -> dict[str, Any]:

@@ -99,9 +99,9 @@ class TuningRun:
             CheckpointError: The disk is full; what is finished is kept.
         """
         tuning = self._tuning
-        model = tuning.build()
+        model = self._guarded(tuning.build, is_loading=True)
         self._guarded(lambda: run_widest_first(model, tuning.training, tuning.plan, tuning.device))
-        before = self._baseline(model)
+        before = self._guarded(lambda: self._baseline(model))
         last = last_whole(tuning.folder.work, lambda text: tuning.on_event(Said(text=text)))
         trainer = TuningTrainer(
             model,
@@ -136,7 +136,6 @@ class TuningRun:
             if history.is_over(self._tuning.settings.patience):
                 trainer.model.load_adapter(last)
                 return state
-            trainer.begin_at(state.global_step)
             self._tuning.on_event(Said(text=f"going on after step {state.global_step:,}"))
         with stopping_gently(self._watch):
             self._guarded(
@@ -144,32 +143,31 @@ class TuningRun:
             )
         return trainer.state
 
-    def _guarded(self, act: Callable[[], Any]) -> None:
+    def _guarded(self, act: Callable[[], Any], *, is_loading: bool = False) -> Any:
         """Raises a failure of memory as one error that says what was computed."""
         try:
-            act()
+            return act()
         except Exception as error:
             fault = classify(error)
             if fault is None or fault.fault_class is not FaultClass.SHRINK:
                 raise
-            plan, (rows, tokens) = self._tuning.plan, self._watch.batch
-            rows, tokens = rows or plan.micro_batch, tokens or plan.longest
-            message = (
-                f"memory ran out on {plan.device} with {rows:,} sequences of {tokens:,} tokens; "
-                f"{format_bytes(plan.peak_bytes)} were planned"
-            )
-        else:
-            return
         # Out of the handler: the traceback would keep every tensor of the step.
+        plan, (rows, tokens) = self._tuning.plan, self._watch.batch
+        rows, tokens = rows or plan.micro_batch, tokens or plan.longest
+        what = f"with {rows:,} sequences of {tokens:,} tokens"
         smaller = "go on with --resume and a smaller --micro-batch"
         if rows == 1:
-            smaller = f"use --context {tokens // 2} and another --out"
+            what = f"with one sequence of {tokens:,} tokens"
+            smaller = f"use --context {max(8, tokens // 2)} and another --out"
+        remedy = f"{smaller}; checkpoints so far are whole"
+        if is_loading:
+            what, remedy = "while the model was loaded", "free the device, and go on with --resume"
         raise TrainingMemoryError(
-            message,
+            f"memory ran out on {plan.device} {what}; {format_bytes(plan.peak_bytes)} were planned",
             fault=fault,
             micro_batch=rows,
             length=tokens,
-            remedy=f"{smaller}; checkpoints so far are whole",
+            remedy=remedy,
         )
 
     def _baseline(self, model: Any) -> float | None:
@@ -208,7 +206,10 @@ class TuningRun:
         best = history.best
         done = history.training[-1] if history.training else (0, None)
         after = None if best is None else best[1]
-        terms = tuning.plan.terms
+        terms, measured = tuning.plan.terms, self._meter.read()
+        on_gpu = tuning.device.type == "cuda"
+        planned = terms.peak_bytes - terms.cuda_context - (terms.margin if on_gpu else 0)
+        above = measured - planned if on_gpu else 0
         return TuningReport(
             model=tuning.model_name,
             folder=str(tuning.folder.path),
@@ -226,8 +227,9 @@ class TuningRun:
             tokens=watch.tokens,
             tokens_per_second=watch.tokens / watch.seconds if watch.seconds else None,
             seconds=time.perf_counter() - self._begin_s,
-            planned_bytes=terms.peak_bytes - terms.cuda_context - terms.margin,
-            measured_bytes=self._meter.read(),
+            planned_bytes=planned,
+            measured_bytes=measured,
+            exceeded_bytes=max(0, above),
             trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
 

@@ -141,8 +141,6 @@ class TuningTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._validation, self._watch = validation, watch
         self.control: Any
         self._saving = False
-        self._micro_batch = 0
-        """Number of the next one, counted from the beginning of the whole run."""
         super().__init__(
             model=model,
             args=_arguments(folder, plan, settings, device),
@@ -173,16 +171,8 @@ class TuningTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """The micro-batch's part of the step's mean."""
         rows, tokens = inputs["input_ids"].shape
         self._watch.batch = (int(rows), int(tokens))
-        seek = getattr(model, "seek", None)
-        if seek is not None and model.training:
-            seek(self._micro_batch)
-        self._micro_batch += 1
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def begin_at(self, step: int) -> None:
-        """Says how many optimizer steps lie behind, for models that count their passes."""
-        self._micro_batch = step * self._plan.micro_batches_per_step
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss of every held-out learned token, each counted once."""
