@@ -32,6 +32,8 @@ _ROWS = 64
 """Of B, of a block of the second."""
 _MOST_PARTS = 3
 _WARPS = 4
+_ALONE_TOKENS = 4
+"""Up to so many, launches do not overlap."""
 
 Place = tuple[int, int, int]
 
@@ -157,8 +159,14 @@ def _precision(x: torch.Tensor) -> str:
 
 
 def _dependent(x: torch.Tensor) -> bool:
-    """Whether launches overlap there (programmatic dependent launch)."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Whether launches overlap there (programmatic dependent launch).
+
+    Of one token they lose by it (275 tokens a second of an 8B instead of 289), of eight they gain
+    (2,133 instead of 1,981; an H200).
+    """
+    if not x.is_cuda or len(x) <= _ALONE_TOKENS:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 @triton.jit
