@@ -163,11 +163,30 @@ def test_limits_follow_from_bytes_and_arithmetic() -> None:
         assert costs.limit(point, LIMITS) == pytest.approx(requests * 1e9 / read)
 
 
-def test_the_machine_is_measured_in_the_memory_that_is_left() -> None:
+def test_the_machine_is_measured_in_the_memory_that_is_free() -> None:
     found = measure_limits(torch.device("cpu"), 8 * MIB)
     assert found.read_bytes_per_s > 1e8
     assert found.matmul_flops_per_s > 1e8
     assert found.host_link_bytes_per_s is None
+
+
+def test_a_plan_that_fills_the_device_is_measured_in_what_it_will_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def listen(_device: torch.device, free_bytes: int) -> Limits:
+        asked.append(free_bytes)
+        raise StopIteration
+
+    monkeypatch.setattr(bench_module, "measure_limits", listen)
+    made = session.plan("llama-3.1-8b", gpus="10GiB", format="fit")
+    [device] = made.devices
+    assert device.usable_bytes - device.peak_bytes < 64 * MIB
+    contender = Contender(plan=made, start=lambda: pytest.fail("nothing is started"))
+    with pytest.raises(StopIteration):
+        run_bench([contender], resolve("llama-3.1-8b"), [1], [16])
+    assert asked == [device.usable_bytes - device.terms.cuda_context]
 
 
 # --- timing

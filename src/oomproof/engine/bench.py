@@ -143,8 +143,9 @@ def run_bench(
     points = points_of(first, requests, contexts)
     used = first.devices_in_use
     device = torch.device(*(("cuda", used[0].index) if used[0].kind == "cuda" else ("cpu",)))
-    spare = min(planned.usable_bytes - planned.peak_bytes for planned in used)
-    limits = measure_limits(device, max(256 * MIB, spare))
+    # No engine is there yet: what one will take is free, however little it will leave.
+    free = min(planned.usable_bytes - planned.terms.cuda_context for planned in used)
+    limits = measure_limits(device, max(256 * MIB, free))
     checkpoint_bytes = spec.num_parameters * spec.dtype.itemsize
     if spec.checkpoint is not None:
         checkpoint_bytes = spec.checkpoint.total_bytes

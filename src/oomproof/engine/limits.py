@@ -27,20 +27,20 @@ class Limits:
     """From pinned host memory, None on a processor: what loading is held against."""
 
 
-def measure_limits(device: torch.device, spare_bytes: int) -> Limits:
-    """Measures a device's ceilings, in memory that the model leaves over.
+def measure_limits(device: torch.device, free_bytes: int) -> Limits:
+    """Measures a device's ceilings, before a model is there.
 
     Args:
         device: A GPU, or the CPU.
-        spare_bytes: Memory that may be taken for it; given back at the end.
+        free_bytes: Memory that may be taken for it; given back at the end.
     """
     on_gpu = device.type == "cuda"
-    size = min(2 * GIB if on_gpu else 256 * MIB, spare_bytes // 4)
+    size = min(2 * GIB if on_gpu else 256 * MIB, free_bytes // 4)
     size -= size % MIB
     values = torch.ones(max(MIB, size) // 4, dtype=torch.float32, device=device)
     read_s = _seconds(values.sum, device)
     side = 8192 if on_gpu else 1024
-    while side > 256 and 3 * 2 * side * side > spare_bytes // 2:
+    while side > 256 and 3 * 2 * side * side > free_bytes // 2:
         side //= 2
     dtype = torch.bfloat16 if on_gpu else torch.float32
     left = torch.randn(side, side, dtype=torch.float32, device=device).to(dtype)
