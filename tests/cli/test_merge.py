@@ -30,7 +30,7 @@ def test_a_model_is_merged_and_told_in_a_line(adapter: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "nowhere", "--out", "{out}"], "adapter nowhere has no adapter_config.json"),
+        (["--adapter", "nowhere", "--out", "{out}"], "nowhere: no such folder"),
         (["--adapter", "{adapter}", "--out", "{out}", "--dtype", "int8"], "dtype 'int8' is not"),
         (["--adapter", "{adapter}", "--out", "{out}", "--device", "tpu"], "device 'tpu' is unkno"),
         (["--adapter", "{adapter}", "--out", "{out}", "--device", "cuda:9"], "is not here: this"),

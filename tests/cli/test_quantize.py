@@ -85,7 +85,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
-    with patch("oomproof.conversion.quantize.load_checkpoint", side_effect=KeyboardInterrupt):
+    with patch("oomproof.conversion.writing.load_checkpoint", side_effect=KeyboardInterrupt):
         ended = invoke("quantize", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu")
     assert (ended.code, ended.out) == (130, "")
     assert "are kept: the same command goes on" in ended.err

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from oomproof.conversion import quantize as quantize_module
+from oomproof.conversion import writing
 from oomproof.conversion.work import work_folder_of
 from oomproof.errors import CheckpointError, OomproofError
 from oomproof.models import hub_client
@@ -122,7 +122,7 @@ def test_each_shard_is_downloaded_once_though_the_run_is_killed_in_between(
     hub: FakeHub, source: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    own, left = quantize_module._write_shard, 3
+    own, left = writing._write_shard, 3
 
     def killed(*arguments: Any) -> Any:
         nonlocal left
@@ -131,7 +131,7 @@ def test_each_shard_is_downloaded_once_though_the_run_is_killed_in_between(
             raise KeyboardInterrupt
         return own(*arguments)
 
-    with patch.object(quantize_module, "_write_shard", killed), pytest.raises(KeyboardInterrupt):
+    with patch.object(writing, "_write_shard", killed), pytest.raises(KeyboardInterrupt):
         quantize(REPO, out, device="cpu", shard=MIB)
     report = quantize(REPO, out, device="cpu", shard=MIB)
     assert report.resumed_files == 2
@@ -220,7 +220,7 @@ def test_without_the_network_the_cache_is_enough(
 def test_a_disk_without_room_for_a_shard_on_its_way_is_told_first(
     hub: FakeHub, source: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    with patch("oomproof.conversion.quantize.shutil.disk_usage") as usage:
+    with patch("oomproof.conversion.writing.shutil.disk_usage") as usage:
         usage.return_value.free = sum(map(len, expected.values())) + 100_000
         with pytest.raises(CheckpointError, match=r"out: needs .* more, .* for a shard on its way"):
             quantize(REPO, tmp_path / "out", device="cpu", shard=MIB)

@@ -34,7 +34,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 ) -> None:
     out = tmp_path / "out"
     total = sum(map(len, made.expected.values()))
-    with patch("oomproof.conversion.quantize.shutil.disk_usage") as usage:
+    with patch("oomproof.conversion.writing.shutil.disk_usage") as usage:
         usage.return_value.free = total - 1
         with pytest.raises(CheckpointError, match=r"out: needs .* more, the disk has .* free: fre"):
             quantize(made.source, out, device="cpu", shard=MIB)
@@ -110,7 +110,7 @@ def attempt():
     except CheckpointError as error:
         print(error)
 attempt()
-with patch("oomproof.conversion.quantize.shutil.disk_usage") as usage:
+with patch("oomproof.conversion.writing.shutil.disk_usage") as usage:
     usage.return_value.free = 1 << 40  # of a disk that others fill meanwhile
     attempt()
 import os, pathlib

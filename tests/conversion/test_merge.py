@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM
 import oomproof
 from oomproof.conversion.manifest import verify
 from oomproof.errors import CheckpointError, InputError
+from oomproof.models.adapter import CONFIG_FILE, WEIGHTS_FILE
 from oomproof.models.resolve import bundled_folder
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def make_adapter(folder: Path, **options: Any) -> Path:
@@ -82,7 +80,7 @@ def test_the_merged_folder_loads_and_is_planned_as_any(adapter: Path, tmp_path: 
 
 
 def test_a_run_that_was_ended_goes_on_with_the_shards_it_has(adapter: Path, tmp_path: Path) -> None:
-    from oomproof.conversion import merge as module
+    from oomproof.conversion import writing as module
 
     whole, calls = module._write_shard, 0
 
@@ -104,20 +102,34 @@ def test_a_run_that_was_ended_goes_on_with_the_shards_it_has(adapter: Path, tmp_
     assert again.resumed_files == len(list((tmp_path / "out").glob("*.safetensors")))
 
 
+def test_a_folder_that_holds_another_merge_is_refused_and_told(
+    adapter: Path, tmp_path: Path
+) -> None:
+    merge(adapter, tmp_path / "out")
+    with pytest.raises(InputError, match="holds tiny with an adapter merged, in bfloat16"):
+        merge(adapter, tmp_path / "out", dtype="float16")
+
+
 def change_config(folder: Path, **fields: Any) -> None:
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    (folder / CONFIG).write_text(json.dumps({**config, **fields}), encoding="utf-8")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, **fields}), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3' is not LORA: merge it with peft itself"),
-        ({"use_dora": True}, "use_dora is set: the adapter scales weights anew"),
-        ({"bias": "all"}, "bias 'all' is not merged"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set: the adapter brings whole"),
-        ({"r": 8}, "has rank 4, its config says 8"),
-        ({"lora_alpha": "much"}, "lora_alpha 'much' is no number"),
+        (
+            {"peft_type": "IA3"},
+            "'peft_type': 'IA3' is not 'LORA': merge it into its base model with peft",
+        ),
+        ({"use_dora": True}, "'use_dora': True asks for weight-decomposed adapters"),
+        ({"bias": "all"}, "'bias': 'all' is not 'none'"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"'modules_to_save': .* asks for whole modules beside the adapter",
+        ),
+        ({"r": 8}, r"is \[4, 256\]; with rank 8 of adapter_config.json"),
+        ({"lora_alpha": "much"}, "'lora_alpha': 'much' is not a number"),
     ],
 )
 def test_adapters_that_are_not_merged_are_refused(
@@ -132,30 +144,33 @@ def test_adapters_that_are_not_merged_are_refused(
 
 def test_damaged_adapters_are_refused(adapter: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(adapter, tmp_path / "adapter")
-    tensors = load_file(adapter / WEIGHTS)
+    tensors = load_file(adapter / WEIGHTS_FILE)
     name = next(iter(tensors))
     for changed, message in (
         ({**tensors, name: tensors[name] * float("nan")}, "holds a value that is not finite"),
-        ({k: v for k, v in tensors.items() if k != name}, "has no matching pair"),
-        ({**tensors, "x": torch.zeros(2, 2)}, "holds 'x', which is not half of a pair"),
-        ({}, "holds no adapter"),
+        ({k: v for k, v in tensors.items() if k != name}, f"tensor '{name}' is missing"),
+        (
+            {**tensors, "x": torch.zeros(2, 2)},
+            "tensor 'x' is no lora_A or lora_B of a linear layer",
+        ),
+        ({}, "holds no tensors"),
     ):
-        save_file(changed, folder / WEIGHTS)
+        save_file(changed, folder / WEIGHTS_FILE)
         with pytest.raises(CheckpointError, match=message):
             merge(folder, tmp_path / "out")
-    (folder / WEIGHTS).write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    (folder / WEIGHTS_FILE).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="is truncated"):
         merge(folder, tmp_path / "out")
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(InputError, match=f"has no {WEIGHTS}"):
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(InputError, match=f"has no {WEIGHTS_FILE}"):
         merge(folder, tmp_path / "out")
 
 
 def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(adapter, tmp_path / "adapter")
-    tensors = load_file(adapter / WEIGHTS)
-    save_file({k.replace("q_proj", "z_proj"): v for k, v in tensors.items()}, folder / WEIGHTS)
-    with pytest.raises(InputError, match="tiny has no such weight"):
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    save_file({k.replace("q_proj", "z_proj"): v for k, v in tensors.items()}, folder / WEIGHTS_FILE)
+    with pytest.raises(InputError, match="belongs to no linear layer of the model's decoder"):
         merge(folder, tmp_path / "out")
 
 
@@ -166,6 +181,8 @@ def test_a_quantized_base_is_refused(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "adapter", lora_alpha=10**9)
+    adapter = make_adapter(tmp_path / "adapter", lora_alpha=10**6)
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    save_file({name: 1000 * value for name, value in tensors.items()}, adapter / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match="beyond float16: use --dtype bfloat16"):
         merge(adapter, tmp_path / "out", dtype="fp16")

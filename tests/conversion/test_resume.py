@@ -239,7 +239,7 @@ def test_a_second_run_at_once_is_refused(made: Made, tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with (
-        patch("oomproof.conversion.quantize._write_shards", meanwhile),
+        patch("oomproof.conversion.writing._write_shards", meanwhile),
         pytest.raises(KeyboardInterrupt),
     ):
         quantize(made.source, out, device="cpu", shard=MIB)

@@ -12,13 +12,11 @@ from math import gcd
 
 import torch
 
-from oomproof.conversion.files import PartFile
 from oomproof.conversion.layout import Conversion, Output, OutputShard, quant_state
+from oomproof.conversion.writing import LIMITS, ShardFile
 from oomproof.errors import CheckpointError
 from oomproof.formats import ceil_div
-from oomproof.loading.slices import Limits
 from oomproof.loading.targets import Target
-from oomproof.memory.native import PINNED_BYTES
 from oomproof.models.stored_parts import bitsandbytes_parts
 from oomproof.quantization.handlers import Handler, handler
 from oomproof.units import MIB
@@ -27,8 +25,6 @@ _BLOCK_ELEMENTS = 128
 """Slices of a 4-bit weight begin at whole blocks and whole bytes: multiples of this."""
 _CPU = torch.device("cpu")
 
-LIMITS = Limits(piece_bytes=4 * MIB, slice_bytes=16 * MIB, pinned_bytes=PINNED_BYTES // 2)
-"""Smaller than where a model is loaded: the disk is the slower part."""
 CPU_SLICE_FACTOR = 24
 """Copies and indices: what the reference codec takes for each byte of a slice, about."""
 OVERHEAD_BYTES = LIMITS.pinned_bytes + CPU_SLICE_FACTOR * LIMITS.piece_bytes + 160 * MIB
@@ -59,11 +55,10 @@ class ShardEncoder:
     """
 
     def __init__(
-        self, output: Output, shard: OutputShard, file: PartFile, device: torch.device
+        self, output: Output, shard: OutputShard, file: ShardFile, device: torch.device
     ) -> None:
         self._output, self._shard, self._file, self._device = output, shard, file, device
         self._dtype: torch.dtype = getattr(torch, output.dtype.value)
-        self._places = {tensor.name: tensor for tensor in shard.tensors}
 
     def targets(self) -> list[Target]:
         """One for each tensor of the source."""
@@ -72,22 +67,11 @@ class ShardEncoder:
             for one in self._shard.conversions
         ]
 
-    def write(self, name: str, values: torch.Tensor, first_byte: int = 0) -> None:
-        """Brings values to their place in the file."""
-        place = self._places[name]
-        raw = values.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        if first_byte + raw.numel() > place.size_bytes:
-            raise ValueError(f"{name} has {place.size_bytes} bytes, {raw.numel()} more were made")
-        self._file.write(_bytes_of(raw), place.offset_bytes + first_byte)
-
     def _cast(self, one: Conversion) -> Target:
-        name, shape = one.source.name, one.source.shape
-
         def store(values: torch.Tensor, first_row: int) -> None:
-            cast = self._within_range(values, one)
-            self.write(name, cast, first_row * (values[0].numel() if shape else 1) * cast.itemsize)
+            self._file.write_rows(one, self._within_range(values, one), first_row)
 
-        return Target(name=name, shape=shape, device=_CPU, store=store)
+        return Target(name=one.source.name, shape=one.source.shape, device=_CPU, store=store)
 
     def _quantized(self, one: Conversion) -> Target:
         rows, columns = one.source.shape
@@ -102,14 +86,9 @@ class ShardEncoder:
             shape=(rows, columns),
             device=self._device,
             store=store,
-            finish=partial(weight.finish, self._write_raw),
+            finish=partial(weight.finish, self._file.write_all),
             rows_multiple=_BLOCK_ELEMENTS // gcd(_BLOCK_ELEMENTS, columns),
         )
-
-    def _write_raw(self, name: str, values: torch.Tensor) -> None:
-        if values.numel() * values.itemsize != self._places[name].size_bytes:
-            raise ValueError(f"{name} is not as long as it was laid out")
-        self.write(name, values)
 
     def _within_range(self, values: torch.Tensor, one: Conversion) -> torch.Tensor:
         """The values in the output's dtype, which may hold less than the source's."""
@@ -163,7 +142,3 @@ class _Weight:
             self._parts[part.name] = torch.empty(part.numel, dtype=dtype, device=self._device)
         numel = self._handler.workspace_numel(self._shape)
         self._workspace = torch.empty(numel, dtype=torch.float32, device=self._device)
-
-
-def _bytes_of(values: torch.Tensor) -> memoryview:
-    return memoryview(values.numpy())  # type: ignore[arg-type]

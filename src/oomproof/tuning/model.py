@@ -194,10 +194,10 @@ class TrainingModel(torch.nn.Module):
         """Reads such a folder; of several ranks each does.
 
         Raises:
-            CheckpointError: It is not this model's, not with these settings, or damaged.
-            InputError: Ranks have read different ones.
+            InputError: It is not this model's, not with these settings, or damaged; or ranks have
+                read different ones.
         """
-        adapter_files.load(folder, dict(self._adapters.named()), self.lora)
+        adapter_files.load(folder, dict(self._adapters.named()), self.lora, self.spec)
         _check_alike(self._adapters, self.ranks, f"give all of them the files of {folder}")
 
 
