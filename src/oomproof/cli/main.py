@@ -6,8 +6,12 @@ fit.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import typer
 
@@ -24,7 +28,13 @@ from oomproof.cli.rehearse import rehearse
 from oomproof.cli.run import run
 from oomproof.cli.top import top
 from oomproof.cli.tune import tune
-from oomproof.errors import OomproofError, WorkerError
+from oomproof.errors import OomproofError, RankError, WorkerError
+from oomproof.tuning.launched import world_size
+
+_LAUNCHER_S = 5.0
+"""In which a launcher finds out that a process has ended."""
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 app = typer.Typer(
     name="oomproof",
@@ -63,14 +73,52 @@ def _options(
     """Options that every command has."""
 
 
-def main() -> None:
-    """Runs the command line and exits."""
+def _recorded() -> None:
+    """The command; torchrun is told of what ends it, and names the first error of all ranks."""
+    if _ERROR_FILE not in os.environ:
+        app()
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    error = record(_caught)()
+    if error is not None:
+        raise error
+
+
+def _caught() -> OomproofError | None:
+    """Runs the command: an error of ours needs no traceback, which `record` would write."""
     try:
         app()
     except OomproofError as error:
+        return error
+    return None
+
+
+def _tell_launcher(error: OomproofError) -> None:
+    """One line for torchrun's report, in the form that it reads."""
+    if os.environ.get(_ERROR_FILE):
+        told = {"message": f"error: {error}", "timestamp": int(time.time())}
+        with suppress(OSError):  # the line on stderr is there all the same
+            Path(os.environ[_ERROR_FILE]).write_text(json.dumps(told), encoding="utf-8")
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    try:
+        _recorded()
+    except OomproofError as error:
+        if isinstance(error, RankError):
+            # Another rank has said what happened; its launcher ends this one before it wakes up.
+            time.sleep(_LAUNCHER_S)
         if isinstance(error, WorkerError):
             sys.stderr.write(error.stderr)
         sys.stderr.write(f"error: {error}\n")
+        _tell_launcher(error)
+        if world_size() > 1:
+            # Others may wait in the middle of a pass: what tidies up would wait for them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _TERMS = {
     "cuda_context": "CUDA context",
     "weights": "weights",
+    "gathered": "layers that come together",
     "adapters": "adapters",
     "gradients": "gradients",
     "optimizer": "optimizer states",
@@ -32,6 +33,7 @@ _TERMS = {
     "dequantization": "dequantization",
     "library": "libraries",
     "allocator": "allocator's cache",
+    "comm": "NCCL",
     "margin": "margin",
 }
 
@@ -56,10 +58,16 @@ def training_plan_lines(plan: TrainingPlan) -> Iterator[str]:
     )
     yield (
         f"{data.rows:,} sequences of up to {plan.longest:,} tokens, {data.filled:.0%} filled; "
-        f"{plan.steps:,} steps of {plan.batch_size:,}, {plan.micro_batch:,} at once, "
+        f"{plan.steps:,} steps of {plan.batch_size:,}, {_at_once(plan)}, "
         f"{plan.epochs:.3g} epochs"
     )
     yield from _memory_lines(plan)
+
+
+def _at_once(plan: TrainingPlan) -> str:
+    if plan.ranks == 1:
+        return f"{plan.micro_batch:,} at once"
+    return f"{plan.micro_batch:,} at once on each of {plan.ranks} ranks"
 
 
 def _base_line(plan: TrainingPlan) -> str:
@@ -77,7 +85,8 @@ def _memory_lines(plan: TrainingPlan) -> Iterator[str]:
         verdict = f"[bold red]does not fit[/bold red]: {format_bytes(plan.shortfall_bytes)} missing"
     yield (
         f"{verdict}: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.usable_bytes)} on "
-        f"{escape(plan.device)}, with {plan.optimizer}"
+        f"{'each ' if plan.ranks > 1 else ''}{escape(plan.device)}, with {plan.optimizer}"
+        + (", layers shared" if plan.sharded else "")
     )
     yield f"activations kept: {_kept(plan)}"
 
@@ -281,8 +290,8 @@ class Live:
 
 
 @contextmanager
-def training_progress() -> Iterator[Live]:
-    """Bars on stderr where somebody watches, lines elsewhere."""
+def training_progress(*, quiet: bool = False) -> Iterator[Live]:
+    """Bars on stderr where somebody watches, lines elsewhere; nothing at all where it is quiet."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -296,6 +305,6 @@ def training_progress() -> Iterator[Live]:
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    console = Console(stderr=True, quiet=quiet)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
         yield Live(bars, shown=console.is_terminal)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json as json_module
+import logging
+import warnings
 from typing import Annotated, Any
 
 import typer
 
 from oomproof.cli import options
 from oomproof.errors import InputError
+from oomproof.tuning.launched import is_first
 
 Data = Annotated[
     str,
@@ -34,8 +37,26 @@ Gpus = Annotated[
     str | None,
     typer.Option(
         "--gpus",
-        help="With --dry-run: a machine that is not here: 24GiB, RTX 4090.",
+        help="With --dry-run: a machine that is not here: 24GiB, 2x RTX 4090.",
         show_default=False,
+    ),
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks",
+        min=1,
+        help="With --dry-run: processes that train together, a GPU each. [default: as many as a "
+        "launcher started]",
+        show_default=False,
+    ),
+]
+Shard = Annotated[
+    str,
+    typer.Option(
+        "--shard",
+        help="Whether each of several processes holds a part of the frozen layers: on, off, or "
+        "auto: where whole ones leave too little room.",
     ),
 ]
 Format = Annotated[
@@ -136,6 +157,8 @@ def tune(
     dry_run: DryRun = False,
     resume: Resume = False,
     gpus: Gpus = None,
+    ranks: Ranks = None,
+    shard: Shard = "auto",
     format: Format = "auto",
     rank: Rank = 16,
     alpha: Alpha = None,
@@ -204,6 +227,7 @@ def tune(
         "save_every": save_every,
         "keep_checkpoints": keep_checkpoints,
         "engine": engine,
+        "shard": shard,
         "compute_dtype": compute_dtype,
         "seed": seed,
     }
@@ -213,10 +237,17 @@ def tune(
         "cap": cap,
         "revision": revision,
     }
+    tells = is_first()
+    if not tells:
+        # Of several processes one speaks; the others have errors to tell, and nothing else.
+        logging.disable(logging.ERROR)
+        warnings.simplefilter("ignore")
     if dry_run:
+        if not tells:
+            return
         with loading_progress() as progress:
             plan = session.plan_tuning(
-                model, data, gpus=gpus, progress=progress, **limits, **wanted
+                model, data, gpus=gpus, ranks=ranks, progress=progress, **limits, **wanted
             )
         if json:
             typer.echo(plan.to_json())
@@ -225,9 +256,14 @@ def tune(
         raise typer.Exit(0 if plan.fits else 3)
     if gpus is not None:
         raise InputError("--gpus describes a machine that is not here", remedy="add --dry-run")
+    if ranks is not None:
+        raise InputError(
+            f"--ranks {ranks} says what a launcher would start",
+            remedy=f"add --dry-run, or start with torchrun --nproc-per-node {ranks} -m oomproof",
+        )
     if out is None:
         raise InputError("--out is missing", remedy="give the folder to make: --out DIR")
-    with training_progress() as live:
+    with training_progress(quiet=not tells) as live:
         report = session.tune(
             model,
             data,
@@ -240,6 +276,8 @@ def tune(
             **limits,
             **wanted,
         )
+    if not tells:
+        raise typer.Exit(0 if report.finished else 130)
     if json:
         typer.echo(json_module.dumps(report.as_dict(), indent=2))
     elif report.finished:

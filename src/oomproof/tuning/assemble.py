@@ -11,9 +11,15 @@ import torch
 
 from oomproof.errors import PlanDoesNotFitError
 from oomproof.hardware.spec import Hardware
-from oomproof.loading.devices import limit_device, prepare_devices, release_device
+from oomproof.loading.devices import (
+    check_cuda,
+    limit_device,
+    prepare_devices,
+    release_device,
+)
 from oomproof.models.spec import ModelSpec
 from oomproof.tuning.batches import BatchMaker
+from oomproof.tuning.distributed import ALONE, Ranks
 from oomproof.tuning.engines import build_native, build_with_peft
 from oomproof.tuning.job import TuneFolder
 from oomproof.tuning.options import TuningSettings
@@ -37,8 +43,13 @@ def open_device(plan: TrainingPlan, hardware: Hardware) -> torch.device:
         HardwareError, PlanDoesNotFitError: The device is not what was planned for.
     """
     [device] = plan.base.devices
-    prepare_devices(plan.base, hardware)
+    if plan.ranks == 1:
+        prepare_devices(plan.base, hardware)
+    elif device.kind == "cuda":  # the whole base need not fit
+        check_cuda(device.index, device.uuid)
     free = next(one.free_bytes for one in hardware.devices if one.index == device.index)
+    if device.kind == "cpu":
+        free //= plan.ranks
     needed = plan.peak_bytes + (plan.base.host.peak_bytes if device.kind == "cpu" else 0)
     if free < needed:
         raise PlanDoesNotFitError(
@@ -53,7 +64,8 @@ def open_device(plan: TrainingPlan, hardware: Hardware) -> torch.device:
     torch.cuda.set_device(place)
     if plan.engine == "native":
         # What this process holds already is none of the plan's.
-        limit_device(device, plan.peak_bytes + torch.cuda.memory_reserved(place))
+        own = plan.peak_bytes - plan.terms.comm
+        limit_device(device, own + torch.cuda.memory_reserved(place))
     return place
 
 
@@ -73,6 +85,7 @@ def assemble(  # noqa: PLR0913 - everything that a run is made of
     *,
     hardware: Hardware,
     on_event: OnTuning,
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Tuning:
@@ -85,8 +98,9 @@ def assemble(  # noqa: PLR0913 - everything that a run is made of
         plan: What is executed.
         settings: What is asked.
         prepared: The data.
-        hardware: The machine.
+        hardware: The machine, before this process used it.
         on_event: Told of everything.
+        ranks: The processes that train; this one's device is in the plan.
         progress: Told of bytes loaded.
         trust_remote_code: Lets transformers run code that the model's folder ships.
 
@@ -102,7 +116,7 @@ def assemble(  # noqa: PLR0913 - everything that a run is made of
 
     def build() -> Any:
         if plan.engine == "native":
-            return build_native(plan, spec, model_folder, settings, progress=progress)
+            return build_native(plan, spec, model_folder, settings, progress=progress, ranks=ranks)
         return build_with_peft(
             plan,
             spec,
@@ -132,9 +146,11 @@ def assemble(  # noqa: PLR0913 - everything that a run is made of
             epochs=settings.epochs,
             max_steps=settings.max_steps,
             seed=settings.seed,
+            ranks=plan.ranks,
         ),
         build=build,
         model_name=base_id if spec.source.kind == "hub" else model_folder.name,
         device=place,
         on_event=on_event,
+        ranks=ranks,
     )

@@ -38,6 +38,8 @@ class Ranks:
     """Of this process among those of its machine: the index of its GPU."""
     group: dist.ProcessGroup | None = None
     """None for torch's default group, and where there is one process."""
+    talk: dist.ProcessGroup | None = None
+    """What words travel through, over the processor and with patience; None for `group`."""
 
     @property
     def is_first(self) -> bool:
@@ -114,6 +116,36 @@ class Ranks:
         count = holds.to(torch.int32)
         self.sum(count).wait()
         return int(count) == self.size
+
+    def share(self, value: Any = None) -> Any:
+        """The first one's value, on all of them; it can be pickled."""
+        if self.size == 1:
+            return value
+        box, group = [value], self._words
+        with _explained("waiting for the first rank"):
+            first = 0 if group is None else dist.get_global_rank(group, 0)
+            dist.broadcast_object_list(box, first, group=group)
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Everybody's value, in the ranks' order; they can be pickled."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            with _explained("hearing of the others"):
+                dist.all_gather_object(found, value, group=self._words)
+        return found
+
+    def meet(self) -> None:
+        """Waits until all are here."""
+        self.collect(None)
+
+    def any_of(self, holds: bool) -> bool:
+        """Whether something holds on one rank at least."""
+        return any(self.collect(holds))
+
+    @property
+    def _words(self) -> dist.ProcessGroup | None:
+        return self.group if self.talk is None else self.talk
 
 
 ALONE = Ranks()

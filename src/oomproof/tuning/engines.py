@@ -15,6 +15,7 @@ from oomproof.memory.training_shape import ALL_LINEARS as DECODER_LINEARS
 from oomproof.memory.training_shape import Kept
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.engines import why_not_native
+from oomproof.tuning.distributed import ALONE, Ranks
 from oomproof.tuning.frozen import check_trainable
 from oomproof.tuning.model import (
     LoraSettings,
@@ -89,6 +90,7 @@ def core_options(plan: TrainingPlan) -> TrainingOptions:
         format=plan.format,
         kept=Kept(**plan.kept),
         offload_checkpoints=plan.checkpointing == "offload",
+        sharded=plan.sharded,
     )
 
 
@@ -99,6 +101,7 @@ def build_native(
     settings: TuningSettings,
     *,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingModel:
     """The base in our core, with a new adapter.
 
@@ -108,6 +111,7 @@ def build_native(
         folder: Where its files are; None for random weights.
         settings: What is asked.
         progress: Told of bytes loaded.
+        ranks: The processes that train it.
 
     Raises:
         OomproofError: As the core's `build_training_model`.
@@ -123,6 +127,7 @@ def build_native(
         options=core_options(plan),
         seed=settings.seed,
         progress=progress,
+        ranks=ranks,
     )
 
 

@@ -116,7 +116,10 @@ def agree_with_job(folder: TuneFolder, job: Mapping[str, Any], chosen: Mapping[s
         folder.write(JOB_FILE, {"schema": 1, "job": job, "chosen": chosen})
         return
     plain = json.loads(json.dumps(job))
-    for name, was, now in _differences("", before.get("job"), plain):
+    begun = before.get("job")
+    if isinstance(begun, dict):  # before there were several
+        begun = {"ranks": 1, **begun}
+    for name, was, now in _differences("", begun, plain):
         raise InputError(
             f"--out {folder.path} was begun with {name} {_shown(was)}, not {_shown(now)}",
             remedy="give the same options and data, or another --out",

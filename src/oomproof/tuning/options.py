@@ -15,6 +15,7 @@ from oomproof.formats import FIT
 LongSamples = Literal["refuse", "truncate", "drop"]
 Checkpointing = Literal["auto", "none", "layers", "offload"]
 Optimizer = Literal["auto", "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
+Shard = Literal["auto", "on", "off"]
 TuneEngine = Literal["auto", "native", "transformers"]
 
 OPTIMIZERS: dict[str, str] = {
@@ -99,6 +100,9 @@ class TuningSettings:
     """Steps between checkpoints; None for at each evaluation."""
     keep_checkpoints: int = 2
     engine: TuneEngine = "auto"
+    shard: Shard = "auto"
+    """Whether each of several ranks holds a part of the frozen layers; "auto": where whole ones
+    leave too little room."""
     compute_dtype: str = "auto"
     seed: int = 0
 
@@ -109,6 +113,7 @@ class TuningSettings:
         _require(self.optimizer, "optimizer", Optimizer)
         _require(self.checkpointing, "checkpointing", Checkpointing)
         _require(self.engine, "engine", TuneEngine)
+        _require(self.shard, "shard", Shard)
         _within("batch-size", self.batch_size, 1, MAX_BATCH)
         if self.micro_batch is not None:
             _within("micro-batch", self.micro_batch, 1, self.batch_size)

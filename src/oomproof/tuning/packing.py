@@ -136,19 +136,34 @@ class Schedule:
         micro_batch: Sequences that are computed at once.
         steps: Optimizer steps.
         seed: Decides the order of every epoch.
+        ranks: Processes that take micro-batches in turn, as accelerate hands them out. A step's
+            sequences are cut into as many equal shares, and each share into micro-batches.
     """
 
     def __init__(
-        self, rows: int, *, batch_size: int, micro_batch: int, steps: int, seed: int
+        self,
+        rows: int,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        steps: int,
+        seed: int,
+        ranks: int = 1,
     ) -> None:
+        self.ranks = ranks
         self.rows, self.batch_size, self.micro_batch = rows, batch_size, micro_batch
         self.steps, self.seed = steps, seed
         self._orders: dict[int, Numbers] = {}
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Forward and backward passes of an optimizer step."""
-        return ceil(self.batch_size / self.micro_batch)
+        """Forward and backward passes of an optimizer step, over all ranks."""
+        return self.ranks * ceil(self._share / self.micro_batch)
+
+    @property
+    def _share(self) -> int:
+        """A rank's sequences of a step."""
+        return self.batch_size // self.ranks
 
     @property
     def epochs(self) -> float:
@@ -161,8 +176,10 @@ class Schedule:
     def micro_batch_at(self, number: int) -> list[int]:
         """The sequences of a micro-batch."""
         step, part = divmod(number, self.micro_batches_per_step)
-        begin = step * self.batch_size + part * self.micro_batch
-        end = min(begin + self.micro_batch, (step + 1) * self.batch_size)
+        turn, rank = divmod(part, self.ranks)
+        first = step * self.batch_size + rank * self._share
+        begin = first + turn * self.micro_batch
+        end = min(begin + self.micro_batch, first + self._share)
         return [self._row(place) for place in range(begin, end)]
 
     def _row(self, place: int) -> int:
@@ -179,14 +196,26 @@ class Schedule:
 
 
 def schedule(
-    rows: int, *, batch_size: int, micro_batch: int, epochs: float, max_steps: int | None, seed: int
+    rows: int,
+    *,
+    batch_size: int,
+    micro_batch: int,
+    epochs: float,
+    max_steps: int | None,
+    seed: int,
+    ranks: int = 1,
 ) -> Schedule:
     """The run's micro-batches: `epochs` times through the rows, rounded up to whole steps."""
     steps = max(1, ceil(round(epochs * rows, 6) / batch_size))
     if max_steps is not None:
         steps = min(steps, max_steps)
     return Schedule(
-        rows=rows, batch_size=batch_size, micro_batch=micro_batch, steps=steps, seed=seed
+        rows=rows,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        steps=steps,
+        seed=seed,
+        ranks=ranks,
     )
 
 

@@ -23,7 +23,9 @@ class TrainingTerms:
 
     cuda_context: int = 0
     weights: int = 0
-    """The frozen model, as planned for loading."""
+    """The frozen model, as planned for loading; of several ranks, a part of it where shared."""
+    gathered: int = 0
+    """Where the parts of a shared layer come together."""
     adapters: int = 0
     gradients: int = 0
     optimizer: int = 0
@@ -38,6 +40,8 @@ class TrainingTerms:
     """Blocks of other sizes that torch's allocator may cache; it can do without."""
     staging: int = 0
     """Source tensors on their way, while loading."""
+    comm: int = 0
+    """What NCCL takes, outside torch's allocator."""
     margin: int = 0
 
     @property
@@ -57,6 +61,7 @@ class TrainingTerms:
     def peak_bytes(self) -> int:
         """The most the device ever holds: loading and training do not overlap."""
         held = self.cuda_context + self.weights + self.adapters + self.margin
+        held += self.gathered + self.comm
         return held + max(self.staging, self.training_bytes)
 
     def as_dict(self) -> dict[str, int]:
@@ -136,8 +141,9 @@ class TrainingPlan:
     micro_batch: int
     """Sequences at once, of the longest; 1 where not one fits."""
     batch_size: int
-    """Sequences of an optimizer step."""
+    """Sequences of an optimizer step, over all ranks."""
     micro_batches_per_step: int
+    """Passes of an optimizer step, on each rank."""
     optimizer: str
     checkpointing: str
     """"none", "layers", "offload", or "auto": as `kept` has it."""
@@ -162,6 +168,10 @@ class TrainingPlan:
     remedies: tuple[str, ...]
     """What would make it fit; empty where it does."""
     reasons: tuple[str, ...]
+    ranks: int = 1
+    """Processes, a device each; bytes are those of each of them."""
+    sharded: bool = False
+    """Whether each rank holds a part of every frozen layer."""
     schema: int = SCHEMA
 
     @property

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 
-from oomproof.errors import NotRunnableError
-from oomproof.hardware.spec import Hardware
+from oomproof.errors import HardwareError, InputError, NotRunnableError
+from oomproof.hardware.spec import DeviceSpec, Hardware
 from oomproof.memory.peft import Tuned, adapter_tensors
 from oomproof.memory.profiles import engine_profile
 from oomproof.models.spec import ModelSpec
@@ -27,7 +27,7 @@ _LEAST_BATCH = 4
 """Sequences at once below which recomputing activations is chosen instead."""
 
 _FASTER = 0.95
-"""Of the predicted time: what is told of, and what is not worth a word."""
+"""Of the predicted time of a step: what fewer sequences at once are worth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +46,12 @@ class TrainingPlanner:
         request: Limits of memory, and the base's format.
         settings: What is asked.
         engine: "native" or "transformers".
+        ranks: Processes that train together, a device each: it is planned for the smallest of them.
 
     Raises:
-        NotRunnableError: The engine does not hold that format.
+        NotRunnableError: The engine does not hold that format, or trains in one process only.
+        HardwareError: More ranks than devices.
+        InputError: A batch that ranks cannot share evenly, or nobody to share layers with.
     """
 
     def __init__(
@@ -59,9 +62,12 @@ class TrainingPlanner:
         settings: TuningSettings,
         *,
         engine: str = "transformers",
+        ranks: int = 1,
     ) -> None:
         self._spec, self._settings, self._engine = spec, settings, engine
-        self.device = max(hardware.devices, key=lambda one: one.free_bytes)
+        self._ranks = ranks
+        _check_ranks(ranks, settings, engine)
+        self.device = _device_of(hardware, ranks)
         self._machine = replace(hardware, devices=(self.device,), links=())
         self._devices = len(hardware.devices)
         context = min(_BASE_CONTEXT, spec.max_position_embeddings)
@@ -79,14 +85,28 @@ class TrainingPlanner:
         self.base: Plan = make_plan(spec, self._machine, request)
         [planned] = self.base.devices
         self.usable_bytes = planned.usable_bytes
+        if self.device.kind == "cpu":
+            self.usable_bytes //= ranks
         self.host_bytes = self.base.host.usable_bytes
         profile = engine_profile(engine, self.device, hardware.host)
         self._library_bytes = profile.library_workspace_bytes + profile.fragmentation_bytes
         on_gpu = self.device.kind != "cpu"
         self._memory: StepMemory = PeftMemory(spec, on_gpu=on_gpu)
+        self._sharded = False
         if engine == "native":
-            dropout = settings.adapter.dropout > 0
-            self._memory = NativeMemory(spec, self.base.format, dropout=dropout, on_gpu=on_gpu)
+            self._share(ranks > 1 and settings.shard == "on")
+
+    def _share(self, sharded: bool) -> None:
+        """Plans on with layers that are cut among ranks, or whole ones on each."""
+        self._sharded = sharded
+        self._memory = NativeMemory(
+            self._spec,
+            self.base.format,
+            dropout=self._settings.adapter.dropout > 0,
+            on_gpu=self.device.kind != "cpu",
+            ranks=self._ranks,
+            sharded=sharded,
+        )
 
     def plan(
         self,
@@ -104,13 +124,17 @@ class TrainingPlanner:
             longest: Tokens of the longest sequence, as it is padded.
             chunked_loss: Whether logits are made in chunks.
         """
-        settings = self._settings
-        batch_size = min(settings.batch_size, max(1, data.rows))
-        choice = self._choose(longest, batch_size, data.documents)
+        settings, ranks = self._settings, self._ranks
+        batch_size = min(settings.batch_size, max(ranks, data.rows // ranks * ranks))
+        share = batch_size // ranks
+        choice = self._choose_shared(longest, share, data.documents)
         least, micro = choice.tuned, max(1, choice.micro_batch)
         # As many passes as needed, each about as large: the peak is no higher than it has to be.
-        passes = ceil(batch_size / micro)
-        micro = ceil(batch_size / passes)
+        micro = ceil(share / ceil(share / micro))
+        faster = None
+        if choice.micro_batch and settings.micro_batch is None:
+            micro, faster = self._fastest(least, data, longest, share, micro)
+        passes = ceil(share / micro)
         tuned = self._filled(least, micro, longest)
         terms, host = self._terms_and_slack(tuned, micro, longest)
         short = max(0, terms.peak_bytes - self.usable_bytes)
@@ -118,10 +142,7 @@ class TrainingPlanner:
         steps = max(1, ceil(round(settings.epochs * data.rows, 6) / batch_size))
         if settings.max_steps is not None:
             steps = min(steps, settings.max_steps)
-        work, seconds = self._timed(tuned, data, longest, steps * batch_size, steps * passes)
-        faster = None
-        if fits and seconds is not None and settings.micro_batch is None:
-            faster = self._faster(least, data, longest, steps, batch_size, micro, seconds)
+        work, seconds = self._timed(tuned, data, longest, steps * share, steps * passes)
         return TrainingPlan(
             base=self.base,
             engine=self._engine,
@@ -148,11 +169,11 @@ class TrainingPlanner:
             usable_bytes=self.usable_bytes,
             terms=terms,
             host_bytes=sum(host.values()),
-            buckets=self._buckets(least, data, longest, batch_size),
+            buckets=self._buckets(least, data, longest, share),
             data=data,
             steps=steps,
             epochs=steps * batch_size / max(1, data.rows),
-            flops=work.flops,
+            flops=ranks * work.flops,
             train_s=seconds,
             remedies=()
             if fits
@@ -168,7 +189,20 @@ class TrainingPlanner:
                 *self._reasons(tuned, batch_size, chunked_loss=chunked_loss),
                 *(() if faster is None else (faster,)),
             ),
+            ranks=ranks,
+            sharded=self._sharded,
         )
+
+    def _choose_shared(self, longest: int, share: int, documents: int) -> _Choice:
+        """With whole layers on every rank; where that does not fit, with parts of them."""
+        if self._ranks == 1 or self._settings.shard != "auto":
+            return self._choose(longest, share, documents)
+        for sharded in (False, True):
+            self._share(sharded)
+            choice = self._choose(longest, share, documents)
+            if choice.micro_batch:
+                break
+        return choice
 
     def _timed(
         self, tuned: Tuned, data: TrainingData, longest: int, rows: int, micro_batches: int
@@ -184,30 +218,36 @@ class TrainingPlanner:
             self._spec, self.device, self._engine, work, micro_batches=micro_batches
         )
 
-    def _faster(
-        self,
-        least: Tuned,
-        data: TrainingData,
-        longest: int,
-        steps: int,
-        batch_size: int,
-        micro: int,
-        seconds: float,
-    ) -> str | None:
-        """Fewer sequences at once leave room to keep more: where that is faster, it is told."""
-        if least.checkpointing != "auto":
-            return None
-        found = []
-        while micro > 1:
-            micro = ceil(micro / 2)
-            tuned, passes = self._filled(least, micro, longest), ceil(batch_size / micro)
-            _, took = self._timed(tuned, data, longest, steps * batch_size, steps * passes)
-            found.append((took or seconds, micro))
-        took, micro = min(found, default=(seconds, micro))
-        if took > _FASTER * seconds:
-            return None
-        less = f"{1 - took / seconds:.0%}"
-        return f"--micro-batch {micro} keeps more activations: about {less} less time"
+    def _fastest(
+        self, least: Tuned, data: TrainingData, longest: int, share: int, most: int
+    ) -> tuple[int, str | None]:
+        """Fewer sequences at once leave room to keep more: how many are fastest, and why fewer.
+
+        Args:
+            least: What is trained and how, with nothing kept.
+            data: What is known of it.
+            longest: Tokens of the longest sequence.
+            share: A rank's sequences of a step.
+            most: Those that fit at once.
+        """
+        # What layers take to travel, in every pass, is not predicted.
+        if least.checkpointing != "auto" or self._sharded:
+            return most, None
+        found: list[tuple[float, int]] = []
+        micro = most
+        while micro:
+            tuned, passes = self._filled(least, micro, longest), ceil(share / micro)
+            _, seconds = self._timed(tuned, data, longest, share, passes)
+            if seconds is None:
+                return most, None
+            found.append((seconds, micro))
+            micro = ceil(micro / 2) if micro > 1 else 0
+        took, micro = min(found)
+        less = 1 - took / found[0][0]
+        if less < 1 - _FASTER:
+            return most, None
+        reason = f"{micro} at once and not {most}: activations are kept, about {less:.0%} less time"
+        return micro, reason
 
     def _terms(
         self, tuned: Tuned, micro_batch: int, length: int
@@ -238,7 +278,9 @@ class TrainingPlanner:
     def _fits(self, tuned: Tuned, micro_batch: int, length: int) -> bool:
         terms, host = self._terms(tuned, micro_batch, length)
         free = self.base.host.usable_bytes
-        host_fits = free is None or self.base.host.peak_bytes + sum(host.values()) <= free
+        # Ranks of one machine have one host.
+        needed = self.base.host.peak_bytes + self._ranks * sum(host.values())
+        host_fits = free is None or needed <= free
         return terms.peak_bytes <= self.usable_bytes and host_fits
 
     def _largest(self, tuned: Tuned, length: int, most: int) -> int:
@@ -279,7 +321,7 @@ class TrainingPlanner:
     def _choose(self, length: int, batch_size: int, documents: int) -> _Choice:
         """The fastest way in which the longest sequences fit."""
         settings = self._settings
-        most = settings.micro_batch or batch_size
+        most = min(settings.micro_batch or batch_size, batch_size)
         wanted = min(most, _LEAST_BATCH)
         optimizers, kept = self._ways()
         best: _Choice | None = None
@@ -287,7 +329,7 @@ class TrainingPlanner:
             for checkpointing in kept:
                 tuned = self._tuned(optimizer, checkpointing, documents)
                 micro = self._largest(tuned, length, most)
-                if settings.micro_batch is not None and micro < settings.micro_batch:
+                if settings.micro_batch is not None and micro < most:
                     micro = 0
                 if micro >= wanted:
                     return _Choice(tuned=tuned, micro_batch=micro)
@@ -322,7 +364,9 @@ class TrainingPlanner:
 
     def _reasons(self, tuned: Tuned, batch_size: int, *, chunked_loss: bool) -> tuple[str, ...]:
         settings, found = self._settings, []
-        if self._devices > 1:
+        if self._sharded:
+            found.append("each rank holds a part of every frozen layer, and they travel in turn")
+        if self._devices > 1 and self._ranks == 1:
             found.append(
                 f"one device of {self._devices} is used, the one with the most free memory"
             )
@@ -339,3 +383,37 @@ class TrainingPlanner:
         if not settings.packing:
             found.append("each sequence has one sample")
         return tuple(found)
+
+
+def _check_ranks(ranks: int, settings: TuningSettings, engine: str) -> None:
+    if ranks == 1:
+        if settings.shard == "on":
+            raise InputError(
+                "--shard on needs several ranks, and there is one",
+                remedy="start with torchrun --nproc-per-node GPUS -m oomproof tune …",
+            )
+        return
+    if engine != "native":
+        raise NotRunnableError(
+            f"{ranks} ranks train with our own engine only, this is {engine}",
+            remedy="start one process, or use --engine native, which says why it cannot",
+        )
+    if settings.batch_size % ranks:
+        below = settings.batch_size // ranks * ranks
+        near = f"{below or ranks} or {below + ranks}" if below else f"{ranks}"
+        raise InputError(
+            f"--batch-size {settings.batch_size:,} is not shared evenly by {ranks} ranks",
+            remedy=f"use --batch-size {near}",
+        )
+
+
+def _device_of(hardware: Hardware, ranks: int) -> DeviceSpec:
+    """The one that is planned for: the roomiest, or the least of as many as there are ranks."""
+    found = sorted(hardware.devices, key=lambda one: -one.free_bytes)
+    if ranks == 1 or found[0].kind == "cpu":
+        return found[0]
+    if len(found) < ranks:
+        raise HardwareError(
+            f"{ranks} ranks, and {len(found)} GPUs", remedy=f"use at most {len(found)} ranks"
+        )
+    return found[ranks - 1]

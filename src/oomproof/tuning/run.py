@@ -21,6 +21,7 @@ from oomproof.faults.fault import FaultClass
 from oomproof.tuning.batches import BatchMaker, TrainingSet
 from oomproof.tuning.cache import DataFacts
 from oomproof.tuning.card import card
+from oomproof.tuning.distributed import ALONE, Ranks
 from oomproof.tuning.history import History, perplexity, read_history
 from oomproof.tuning.job import REPORT_FILE, TuneFolder
 from oomproof.tuning.meter import MemoryMeter
@@ -64,6 +65,8 @@ class Tuning:
     """What people call the base."""
     device: torch.device
     on_event: OnTuning
+    ranks: Ranks = ALONE
+    """The processes that train it, each with a Tuning; the first one writes."""
 
 
 class TuningRun:
@@ -88,6 +91,7 @@ class TuningRun:
             tokens_of=self._tokens_of,
             meter=self._meter,
             on_event=tuning.on_event,
+            ranks=tuning.ranks,
         )
 
     def run(self) -> TuningReport:
@@ -98,11 +102,14 @@ class TuningRun:
             LoadError: The loss is no number any more.
             CheckpointError: The disk is full; what is finished is kept.
         """
-        tuning = self._tuning
+        tuning, ranks = self._tuning, self._tuning.ranks
         model = self._guarded(tuning.build, is_loading=True)
         self._guarded(lambda: run_widest_first(model, tuning.training, tuning.plan, tuning.device))
         before = self._guarded(lambda: self._baseline(model))
-        last = last_whole(tuning.folder.work, lambda text: tuning.on_event(Said(text=text)))
+        last = None
+        if ranks.is_first:
+            last = last_whole(tuning.folder.work, lambda text: tuning.on_event(Said(text=text)))
+        last = ranks.share(last)
         trainer = TuningTrainer(
             model,
             tuning.folder.work,
@@ -112,6 +119,7 @@ class TuningRun:
             validation=tuning.validation,
             device=tuning.device,
             watch=self._watch,
+            ranks=ranks,
         )
         state = self._train(trainer, last)
         history = read_history(state.log_history)
@@ -124,8 +132,10 @@ class TuningRun:
         finished = over or state.global_step >= tuning.schedule.steps
         resumed = 0 if last is None else int(last.name.partition("-")[2])
         report = self._report(model, history, before, resumed=resumed, finished=finished)
-        if finished:
+        if finished and ranks.is_first:
             self._publish(model, history, report, before)
+        # What is written is whole when any of them returns.
+        ranks.meet()
         return report
 
     def _train(self, trainer: TuningTrainer, last: Path | None) -> Any:
@@ -175,11 +185,14 @@ class TuningRun:
         tuning = self._tuning
         if tuning.validation is None:
             return None
-        found = tuning.folder.read(_BASELINE_FILE)
+        ranks = tuning.ranks
+        found = ranks.share(tuning.folder.read(_BASELINE_FILE) if ranks.is_first else None)
         if found is None:
-            loss = mean_loss(model, tuning.validation, tuning.plan.micro_batch, tuning.device)
+            plan = tuning.plan
+            loss = mean_loss(model, tuning.validation, plan.micro_batch, tuning.device, ranks=ranks)
             found = {"loss": loss}
-            tuning.folder.write(_BASELINE_FILE, found)
+            if ranks.is_first:
+                tuning.folder.write(_BASELINE_FILE, found)
         loss = float(found["loss"])
         tuning.on_event(Evaluated(step=0, loss=loss, perplexity=perplexity(loss), is_best=False))
         return loss
@@ -206,9 +219,11 @@ class TuningRun:
         best = history.best
         done = history.training[-1] if history.training else (0, None)
         after = None if best is None else best[1]
-        terms, measured = tuning.plan.terms, self._meter.read()
+        # The fullest device is what the plan has to hold for.
+        terms, measured = tuning.plan.terms, max(tuning.ranks.collect(self._meter.read()))
         on_gpu = tuning.device.type == "cuda"
-        planned = terms.peak_bytes - terms.cuda_context - (terms.margin if on_gpu else 0)
+        planned = terms.peak_bytes - terms.cuda_context - terms.comm
+        planned -= terms.margin if on_gpu else 0
         above = measured - planned if on_gpu else 0
         return TuningReport(
             model=tuning.model_name,

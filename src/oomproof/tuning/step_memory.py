@@ -15,6 +15,7 @@ from oomproof.memory.peft import (
     split_optimizer_bytes,
     training_terms,
 )
+from oomproof.memory.sharding import COMM_BYTES
 from oomproof.memory.training import host_bytes, kept_within, training_memory, weights_bytes
 from oomproof.memory.training_shape import ALL_LINEARS, Kept, TrainingShape
 from oomproof.models.spec import ModelSpec
@@ -83,9 +84,21 @@ class NativeMemory:
         format_name: Of the frozen weights, as they are held.
         dropout: Whether adapters' inputs are dropped out.
         on_gpu: Whether the device has a host beside it.
+        ranks: Processes that train together.
+        sharded: Whether each holds a part of every layer.
     """
 
-    def __init__(self, spec: ModelSpec, format_name: str, *, dropout: bool, on_gpu: bool) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        format_name: str,
+        *,
+        dropout: bool,
+        on_gpu: bool,
+        ranks: int = 1,
+        sharded: bool = False,
+    ) -> None:
+        self._ranks, self._sharded = ranks, sharded
         self._spec, self._format, self._dropout = spec, format_name, dropout
         self._on_gpu = on_gpu
         self.ways: tuple[str, ...] = ("auto", "offload") if on_gpu else ("auto",)
@@ -115,6 +128,8 @@ class NativeMemory:
             dropout=self._dropout,
             kept=kept,
             offload_checkpoints=tuned.checkpointing == "offload",
+            ranks=self._ranks,
+            sharded=self._sharded,
         )
 
     def terms(self, tuned: Tuned, micro_batch: int, length: int) -> Terms:
@@ -123,6 +138,8 @@ class NativeMemory:
         found = training_memory(self._thin, shape, optimizer=_STATES[tuned.optimizer])
         device = {
             "weights": self._weights(shape.compute_dtype),
+            "gathered": found.gathered,
+            "comm": found.comm if self._on_gpu else 0,
             "adapters": found.adapters,
             "gradients": found.gradients,
             "optimizer": found.optimizer,
@@ -148,6 +165,8 @@ class NativeMemory:
             return self.shape(tuned, micro_batch, length).kept
         shape = self.shape(replace(tuned, kept=Kept()), micro_batch, length)
         others = self._weights(shape.compute_dtype) - weights_bytes(self._thin, shape)
+        if not self._on_gpu and self._ranks > 1:
+            others -= COMM_BYTES  # NCCL's, which the terms of a processor leave out
         limit = limit_bytes - others
         return kept_within(self._thin, shape, limit, optimizer=_STATES[tuned.optimizer]).kept
 
@@ -163,6 +182,11 @@ class NativeMemory:
 
     def _weights_bytes(self, compute_dtype: DType) -> int:
         shape = TrainingShape(
-            tokens=1, positions=1, format=self._format, compute_dtype=compute_dtype
+            tokens=1,
+            positions=1,
+            format=self._format,
+            compute_dtype=compute_dtype,
+            ranks=self._ranks,
+            sharded=self._sharded,
         )
         return weights_bytes(self._spec, shape)

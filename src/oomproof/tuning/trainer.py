@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from oomproof.errors import RankError
 from oomproof.tuning.batches import IGNORED, Batch, BatchMaker, TrainingSet, unwrapped
+from oomproof.tuning.distributed import ALONE, Ranks
 from oomproof.tuning.history import perplexity, read_history
 from oomproof.tuning.meter import MemoryMeter
 from oomproof.tuning.options import OPTIMIZERS, TuningSettings
@@ -40,6 +42,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         tokens_of: The tokens of a step, from 1, without padding.
         meter: Of memory.
         on_event: Told of everything.
+        ranks: The processes that train: what one is asked to do, all do.
     """
 
     def __init__(
@@ -51,11 +54,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         tokens_of: Callable[[int], int],
         meter: MemoryMeter,
         on_event: OnTuning,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._settings, self._meter, self._on_event = settings, meter, on_event
         self._tokens_of = tokens_of
         self._evaluations, self._saves = frozenset(evaluations), frozenset(saves)
         self.stop_asked = False
+        """By a signal, to this process."""
         self.tokens = 0
         self.seconds = 0.0
         self.batch = (0, 0)
@@ -71,10 +77,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.seconds += time.perf_counter() - self._begin_s
         step, last = state.global_step, state.global_step >= state.max_steps
         self.tokens += self._tokens_of(step)
+        stops = last or self._ranks.any_of(self.stop_asked)
         control.should_log = True
         control.should_evaluate = step in self._evaluations
-        control.should_save = step in self._saves or last or self.stop_asked
-        control.should_training_stop = last or self.stop_asked
+        control.should_save = step in self._saves or stops
+        control.should_training_stop = stops
         return control
 
     def on_log(
@@ -123,9 +130,10 @@ class TuningTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         validation: Held-out sequences; None for none.
         device: Where the model is.
         watch: What is due when.
+        ranks: The processes that train: all run everything, the first one writes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - everything that a loop is made of
         self,
         model: Any,
         folder: Path,
@@ -136,7 +144,9 @@ class TuningTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         validation: BatchMaker | None,
         device: torch.device,
         watch: Watch,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._folder, self._plan, self._settings = folder, plan, settings
         self._validation, self._watch = validation, watch
         self.control: Any
@@ -172,12 +182,20 @@ class TuningTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         rows, tokens = inputs["input_ids"].shape
         self._watch.batch = (int(rows), int(tokens))
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        # The divisor is of all ranks, and both gradients and what is logged are means over them.
+        loss = outputs.loss * self._ranks.size if self._ranks.size > 1 else outputs.loss
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss of every held-out learned token, each counted once."""
         assert self._validation is not None
-        loss = mean_loss(self.model, self._validation, self._plan.micro_batch, self.args.device)
+        loss = mean_loss(
+            self.model,
+            self._validation,
+            self._plan.micro_batch,
+            self.args.device,
+            ranks=self._ranks,
+        )
         metrics = {"eval_loss": loss}
         self.log(metrics)
         best = read_history(self.state.log_history).best
@@ -198,6 +216,8 @@ class TuningTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return metrics
 
     def _save_best(self) -> None:
+        if not self._ranks.is_first:
+            return
         part = self._folder / f"{BEST_FOLDER}.part"
         shutil.rmtree(part, ignore_errors=True)
         self.model.save_adapter(part)
@@ -208,12 +228,20 @@ class TuningTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(self._folder / SAVING_FOLDER, ignore_errors=True)
+        if self._ranks.is_first:
+            shutil.rmtree(self._folder / SAVING_FOLDER, ignore_errors=True)
+        # All write into it: random numbers are those of each rank.
+        self._ranks.meet()
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
+        self._ranks.meet()
+        if self._ranks.is_first:
+            self._publish_checkpoint(name)
+
+    def _publish_checkpoint(self, name: str) -> None:
         publish(self._folder / SAVING_FOLDER / name, self._folder / name)
         shutil.rmtree(self._folder / SAVING_FOLDER, ignore_errors=True)
         prune(self._folder, self._settings.keep_checkpoints)
@@ -228,16 +256,35 @@ class TuningTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 
 @torch.no_grad()
-def mean_loss(model: Any, maker: BatchMaker, micro_batch: int, device: torch.device) -> float:
-    """Mean loss of the learned tokens of all sequences, in nats."""
+def mean_loss(
+    model: Any,
+    maker: BatchMaker,
+    micro_batch: int,
+    device: torch.device,
+    *,
+    ranks: Ranks = ALONE,
+) -> float:
+    """Mean loss of the learned tokens of all sequences, in nats.
+
+    Several ranks share the sequences and get the same number, the one that one process gets. Each
+    runs as many passes as the others, which may wait for it in every layer.
+    """
     was = model.training
     model.eval()
-    total, count = 0.0, 0
-    for numbers in batches(len(maker.rows), micro_batch):
+    every = list(batches(len(maker.rows), micro_batch))
+    own: list[tuple[float, int]] = []
+    for first in range(0, len(every), ranks.size):
+        # Where there is none left for a rank, it computes one again that nobody counts.
+        numbers = every[min(first + ranks.rank, len(every) - 1)]
         batch = {name: one.to(device) for name, one in maker.make(list(numbers)).items()}
-        total += float(model(**batch, num_items_in_batch=1).loss)
-        count += int((batch["labels"] != IGNORED).sum())
+        loss = float(model(**batch, num_items_in_batch=1).loss)
+        own.append((loss, int((batch["labels"] != IGNORED).sum())))
     model.train(was)
+    found = [one for turn in zip(*ranks.collect(own), strict=True) for one in turn]
+    total, count = 0.0, 0
+    for loss, counted in found[: len(every)]:
+        total += loss
+        count += counted
     return total / count if count else math.nan
 
 
@@ -282,6 +329,11 @@ def stopping_gently(watch: Watch) -> Iterator[None]:
         return
     try:
         yield
+    except RankError:
+        if watch.stop_asked:  # by a launcher, which ends all when the first one ends
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
