@@ -110,3 +110,34 @@ def test_an_adapter_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 def test_modules_that_are_not_there_are_refused() -> None:
     with pytest.raises(InputError, match="no adapter can be added"):
         build(target_modules=("nothing",))
+
+
+class _Older:
+    """A model of a transformers that has no newer name for it."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    def gradient_checkpointing_enable(self, options: dict[str, bool]) -> None:
+        self.asked.append(options)
+
+
+class _Old(_Older):
+    def gradient_checkpointing_enable(
+        self, options: dict[str, bool], every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        self.asked.append((options, offload))
+
+
+def test_older_releases_of_transformers_recompute_layers_too() -> None:
+    older, old = _Older(), _Old()
+    peft_model._recompute_layers(older, offload=False)
+    peft_model._recompute_layers(old, offload=True)
+    assert older.asked == [{"use_reentrant": False}]
+    assert old.asked == [({"use_reentrant": False}, True)]
+
+
+def test_a_release_that_cannot_offload_says_so() -> None:
+    with pytest.raises(NotRunnableError, match="on the host") as raised:
+        peft_model._recompute_layers(_Older(), offload=True)
+    assert "transformers>=5.17" in str(raised.value.remedy)

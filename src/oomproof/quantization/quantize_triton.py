@@ -166,7 +166,10 @@ def _quantize_blocks(
     thresholds: tuple[float, ...],
     size: int = BLOCK_SIZE,
 ) -> None:
-    """Whole blocks, then a last short one, whose values are divided (reference._scaled_blocks)."""
+    """Whole blocks, then a last short one.
+
+    The values of that one are divided (reference._scaled_blocks), but where APPROXIMATES.
+    """
     whole, rest = divmod(values.numel(), size)
     at_once = _VALUES // size
     for first, blocks, divides in ((0, whole, False), (whole, min(rest, 1), True)):
@@ -209,21 +212,19 @@ def _blocks(
         # goes into a product, and what comes out.
         if APPROXIMATES:
             value = tl.where(tl.abs(value) >= _LEAST_NORMAL, value, 0.0)
-        if DIVIDES:
-            scaled = tl.div_rn(value, _at_least_tiny(peak)[:, None] + tl.zeros_like(value))
-        elif APPROXIMATES:
             inverse = tl.inline_asm_elementwise(
                 "rcp.approx.ftz.f32 $0, $1;", "=f,f", [_at_least_tiny(peak)],
                 dtype=tl.float32, is_pure=True, pack=1,
             )  # fmt: skip
             scaled = value * inverse[:, None]
+            scaled = tl.where(tl.abs(scaled) >= _LEAST_NORMAL, scaled, 0.0)
+        elif DIVIDES:
+            scaled = tl.div_rn(value, _at_least_tiny(peak)[:, None] + tl.zeros_like(value))
         else:
             scaled = (
                 value
                 * tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), _at_least_tiny(peak))[:, None]
             )
-        if APPROXIMATES:
-            scaled = tl.where(tl.abs(scaled) >= _LEAST_NORMAL, scaled, 0.0)
         if len(THRESHOLDS) == 15:
             code = _code_nf4(scaled, THRESHOLDS)
         else:

@@ -7,6 +7,8 @@ the model's logits are its head's output alone or soft-capped; elsewhere they ar
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,10 @@ class PeftTrainingModel(torch.nn.Module):
         revision: Its commit.
         checkpointing: "none", "layers" or "offload".
         seed: Of the adapter's first values.
+
+    Raises:
+        InputError: The adapter names modules that the model has not.
+        NotRunnableError: Its inputs of layers cannot be kept on the host by this transformers.
     """
 
     accepts_loss_kwargs = True
@@ -89,9 +95,7 @@ class PeftTrainingModel(torch.nn.Module):
         self.chunked_loss = not any(getattr(self.config, name, None) for name in _SCALED)
         self._keep_training = [one for one in self.modules() if _is_bitsandbytes(one)]
         if checkpointing != "none":
-            model.activation_checkpointing_enable(
-                {"use_reentrant": False}, offload=checkpointing == "offload"
-            )
+            _recompute_layers(model, offload=checkpointing == "offload")
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -179,6 +183,23 @@ def _is_bitsandbytes(module: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
+def _recompute_layers(model: Any, *, offload: bool) -> None:
+    """Keep the inputs of layers alone, on the host where asked; the rest is computed again."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # transformers before 5.23 has it under its older name
+        enable = model.gradient_checkpointing_enable
+    if not offload:
+        enable({"use_reentrant": False})
+        return
+    if "offload" not in inspect.signature(enable).parameters:
+        version = importlib.metadata.version("transformers")
+        raise NotRunnableError(
+            f"transformers {version} cannot keep inputs of layers on the host",
+            remedy='pip install "transformers>=5.17,<6", or use --checkpointing layers',
+        )
+    enable({"use_reentrant": False}, offload=True)
+
+
 def refuse_leaking_packs(model: PeftTrainingModel, vocab_size: int, device: torch.device) -> None:
     """Checks that documents of one sequence do not see each other.
 
