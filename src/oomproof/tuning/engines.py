@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from oomproof.errors import NotRunnableError
 from oomproof.formats import FORMATS, get_format
 from oomproof.hardware.spec import DeviceSpec
+from oomproof.memory.peft import FLOAT32, target_linears
 from oomproof.memory.training_shape import ALL_LINEARS as DECODER_LINEARS
 from oomproof.memory.training_shape import Kept
 from oomproof.models.spec import ModelSpec
@@ -25,6 +27,7 @@ from oomproof.tuning.model import (
 )
 from oomproof.tuning.options import ALL_LINEARS, AdapterSettings, TuningSettings
 from oomproof.tuning.plan import TrainingPlan
+from oomproof.units import format_bytes
 
 Progress = Callable[[int, int], None]
 
@@ -131,12 +134,6 @@ def build_native(
     )
 
 
-def chunks_loss(config: Mapping[str, object]) -> bool:
-    """Whether logits are made in chunks: what the model does behind its head is known."""
-    scaled = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier_scale")
-    return not any(config.get(name) for name in scaled)
-
-
 def build_with_peft(
     plan: TrainingPlan,
     spec: ModelSpec,
@@ -153,7 +150,8 @@ def build_with_peft(
 
     Raises:
         OomproofError: As `compat.model.load_model`.
-        NotRunnableError: Packed documents would see each other.
+        NotRunnableError: Packed documents would see each other, or peft would train other
+            parameters than were planned.
     """
     from oomproof.compat.model import load_model, load_random_model
     from oomproof.tuning.peft_model import PeftTrainingModel, refuse_leaking_packs
@@ -164,14 +162,27 @@ def build_with_peft(
         model = load_model(
             plan.base, spec, folder, progress=progress, trust_remote_code=trust_remote_code
         )
+    adapter = settings.adapter
+    if spec.num_experts:
+        # "all-linear" is every expert to peft, which it computes in 16 bits, merged.
+        linears = target_linears(spec, adapter.target_modules)
+        names = {one.name.removesuffix(".weight").rpartition(".")[2] for one in linears}
+        adapter = replace(adapter, target_modules=tuple(sorted(names)))
     built = PeftTrainingModel(
         model,
-        settings.adapter,
+        adapter,
         base_id=base_id,
         revision=spec.source.revision,
         checkpointing=plan.checkpointing,
         seed=settings.seed,
     )
+    trained = FLOAT32 * sum(one.numel() for one in built.parameters() if one.requires_grad)
+    if trained != plan.terms.adapters:
+        raise NotRunnableError(
+            f"peft trains {format_bytes(trained)} of this architecture, planned were "
+            f"{format_bytes(plan.terms.adapters)}: experts have names of linears",
+            remedy="name linears that no expert has: --target-modules q_proj,o_proj",
+        )
     if plan.packing:
         device = next(built.parameters()).device
         refuse_leaking_packs(built, spec.vocab_size, torch.device(device))

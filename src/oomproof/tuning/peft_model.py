@@ -19,13 +19,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from oomproof.errors import CheckpointError, InputError, NotRunnableError
+from oomproof.memory.peft import LOSS_POSITIONS, SCALED_LOGITS
 from oomproof.tuning.options import ALL_LINEARS, AdapterSettings
 
 IGNORED = -100
-CHUNK_POSITIONS = 1024
-"""Positions whose logits exist at once."""
-_SCALED = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier_scale")
-"""Fields of a config that change logits behind the head."""
+CHUNK_POSITIONS = LOSS_POSITIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ class PeftTrainingModel(torch.nn.Module):
         self.peft.peft_config["default"].base_model_name_or_path = base_id
         self.config = model.config
         model.config.use_cache = False
-        self.chunked_loss = not any(getattr(self.config, name, None) for name in _SCALED)
+        self.chunked_loss = not any(getattr(self.config, name, None) for name in SCALED_LOGITS)
         self._keep_training = [one for one in self.modules() if _is_bitsandbytes(one)]
         if checkpointing != "none":
             _recompute_layers(model, offload=checkpointing == "offload")

@@ -304,6 +304,7 @@ class TrainingPlanner:
             compute_bytes=4 if self.base.compute_dtype == "float32" else 2,
             packed=self._settings.packing,
             documents=documents,
+            dropout=adapter.dropout > 0,
         )
 
     def _ways(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
 from oomproof.errors import InputError
+from oomproof.memory.peft import chunks_loss
 from oomproof.models.checkpoint import TOKENIZER_FILES
 from oomproof.models.spec import ModelSpec
 from oomproof.tuning.batches import width
 from oomproof.tuning.cache import TokenCache, build_cache, cache_key, digest_of_data, open_cache
-from oomproof.tuning.engines import chunks_loss
 from oomproof.tuning.options import TuningSettings
 from oomproof.tuning.packing import Numbers, Rows, Split, pack, single_rows, split
 from oomproof.tuning.plan import TrainingData, TrainingPlan, length_histogram
@@ -152,7 +152,7 @@ def make_training_plan(
         prepared.data,
         context=prepared.context,
         longest=prepared.longest,
-        chunked_loss=chunks_loss(spec.config),
+        chunked_loss=chunks_loss(spec),
     )
 
 

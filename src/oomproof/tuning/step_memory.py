@@ -12,6 +12,7 @@ from oomproof.memory.peft import (
     FLOAT32,
     Tuned,
     adapter_tensors,
+    logits_bytes,
     split_optimizer_bytes,
     training_terms,
 )
@@ -58,7 +59,7 @@ class PeftMemory:
     """
 
     def __init__(self, spec: ModelSpec, *, on_gpu: bool) -> None:
-        self._spec = spec
+        self._spec, self._on_gpu = spec, on_gpu
         self.ways: tuple[str, ...] = ("none", "layers", "offload") if on_gpu else ("none", "layers")
 
     def terms(self, tuned: Tuned, micro_batch: int, length: int) -> Terms:
@@ -71,9 +72,9 @@ class PeftMemory:
         return None
 
     def slack_bytes(self, tuned: Tuned, micro_batch: int, length: int) -> int:
-        """It is in the bounds."""
-        del tuned, micro_batch, length
-        return 0
+        """Logits once more: blocks of other sizes that the layers left are still cached."""
+        del tuned
+        return logits_bytes(self._spec, micro_batch * length) if self._on_gpu else 0
 
 
 class NativeMemory:
