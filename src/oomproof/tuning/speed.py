@@ -28,27 +28,32 @@ class Efficiency:
     """The same of attention, whose future half is not counted."""
     layer_s: float
     """What a layer of a micro-batch costs besides: dequantization, norms, launches."""
+    launch_s: float
+    """Of the host for a layer of a pass: no pass is faster than its launches."""
     measured: str
     """When, on which device, with which versions."""
 
 
-_SOURCE = (
-    "2026-11-21, NVIDIA H200, torch 2.11, nf4-dq, rank 16 on all linears "
-    "(benchmarks/results/tuning-h200.jsonl)"
-)
+_SOURCE = "2026-11-21, NVIDIA H200, torch 2.11, nf4-dq, rank 16 on all linears"
 EFFICIENCIES: dict[str, Efficiency] = {
     # Least squares over the 11 rows of 8B and 70B with cuDNN's attention and adamw, from nothing to
     # everything kept: within 3 %. Flash attention, of packed documents, takes some 5 % longer.
     "native": Efficiency(
-        products=0.587, attention=0.533, layer_s=0.59e-3, measured=f"{_SOURCE}, Triton 3.6"
+        products=0.587,
+        attention=0.533,
+        layer_s=0.59e-3,
+        launch_s=0.0,
+        measured=f"{_SOURCE}, Triton 3.6 (benchmarks/results/tuning-h200.jsonl)",
     ),
-    # Three rows of an 8B for three numbers. Its launches are bound by the host: on another one the
-    # shortest row took 0.57 s and not 0.80.
+    # An 8B's rows with enough tokens for arithmetic and casts to float32, which go with them, and
+    # its fastest row of 2,048 tokens for the host; a slower one took a third longer.
     "transformers": Efficiency(
-        products=0.588,
-        attention=0.648,
-        layer_s=20e-3,
-        measured=f"{_SOURCE}, transformers 5.17, peft, bitsandbytes 0.50.2",
+        products=0.294,
+        attention=0.56,
+        layer_s=0.0,
+        launch_s=4.2e-3,
+        measured=f"{_SOURCE}, transformers 5.17, peft, bitsandbytes 0.50.2 "
+        "(benchmarks/results/tuning-peft-h200.jsonl)",
     ),
 }
 
@@ -60,6 +65,8 @@ class Work:
     products: float
     """FLOPs of products with weights."""
     attention: float
+    passes: int
+    """Through each layer: two, and one more where it is computed again."""
 
     @property
     def flops(self) -> float:
@@ -98,6 +105,7 @@ def work_of(
     return Work(
         products=2 * tokens * (2 * (linears + head) + again),
         attention=tokens * document * widths * passes,
+        passes=3 if again else 2,
     )
 
 
@@ -117,5 +125,6 @@ def seconds_of(
         return None
     found = EFFICIENCIES[engine]
     weighted = work.products / found.products + work.attention / found.attention
-    overhead = micro_batches * spec.num_hidden_layers * found.layer_s
-    return weighted / device.flops_per_s + overhead
+    layers = micro_batches * spec.num_hidden_layers
+    computed = weighted / device.flops_per_s + layers * found.layer_s
+    return max(computed, layers * work.passes * found.launch_s)
