@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from oomproof.errors import NotRunnableError
+from oomproof.errors import InputError, NotRunnableError
 from oomproof.hardware.describe import describe
 from oomproof.memory.peft import (
     Tuned,
@@ -155,6 +155,19 @@ def test_terms_grow_with_what_they_are_made_of() -> None:
     assert total(target_modules=("q_proj",)) < total()
 
 
+@pytest.mark.parametrize("name", ["foo_proj", "lm_head", "embed_tokens"])
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_targets_that_no_layer_has_are_refused_before_anything_is_made(
+    name: str, engine: str
+) -> None:
+    adapter = AdapterSettings(target_modules=("q_proj", name))
+    settings = TuningSettings(adapter=adapter, epochs=2.0)
+    with pytest.raises(InputError, match=f"'{name}' is no linear layer of the decoder"):
+        TrainingPlanner(
+            resolve("tiny"), describe("24GiB"), PlanRequest(), settings, engine=engine
+        ).plan(DATA, context=256, longest=256)
+
+
 def test_optimizer_states_are_counted_as_bitsandbytes_keeps_them() -> None:
     assert optimizer_bytes([1000, 8192], "adamw") == 8 * 9192
     assert optimizer_bytes([1000, 8192], "adamw-8bit") == 8 * 1000 + 2 * (8192 + 4 * 32)
@@ -179,8 +192,6 @@ def test_the_histogram_has_every_sample_once() -> None:
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    from oomproof.errors import InputError
-
     with pytest.raises(InputError):
         TuningSettings(adapter=AdapterSettings(), **options)
     with pytest.raises(InputError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from oomproof.errors import InputError
 from oomproof.formats import ceil_div
 from oomproof.memory.training_shape import Kept
 from oomproof.models.spec import AttentionSpec, ModelSpec, Role, TensorSpec
@@ -68,6 +69,22 @@ def target_linears(spec: ModelSpec, target_modules: Sequence[str]) -> tuple[Tens
         and len(tensor.shape) == 2
         and (everything or tensor.name.removesuffix(".weight").rpartition(".")[2] in target_modules)
     )
+
+
+def check_targets(spec: ModelSpec, target_modules: Sequence[str]) -> None:
+    """Refuses names that no linear of a decoder layer has: peft would look for them elsewhere.
+
+    Raises:
+        InputError: It names the first of them.
+    """
+    linears = target_linears(spec, ("all-linear",))
+    known = dict.fromkeys(one.name.removesuffix(".weight").rpartition(".")[2] for one in linears)
+    unknown = [one for one in target_modules if one not in known and one != "all-linear"]
+    if unknown:
+        raise InputError(
+            f"target module {unknown[0]!r} is no linear layer of the decoder",
+            remedy=f"use some of {', '.join(known)}",
+        )
 
 
 def adapter_tensors(spec: ModelSpec, tuned: Tuned) -> tuple[int, ...]:

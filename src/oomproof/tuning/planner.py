@@ -8,7 +8,7 @@ from math import ceil
 
 from oomproof.errors import HardwareError, InputError, NotRunnableError
 from oomproof.hardware.spec import DeviceSpec, Hardware
-from oomproof.memory.peft import Tuned, adapter_tensors
+from oomproof.memory.peft import Tuned, adapter_tensors, check_targets
 from oomproof.memory.profiles import engine_profile
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.plan import Plan
@@ -51,7 +51,8 @@ class TrainingPlanner:
     Raises:
         NotRunnableError: The engine does not hold that format, or trains in one process only.
         HardwareError: More ranks than devices.
-        InputError: A batch that ranks cannot share evenly, or nobody to share layers with.
+        InputError: A batch that ranks cannot share evenly, nobody to share layers with, or a target
+            module that the model has not.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class TrainingPlanner:
         self._sharded = False
         if engine == "native":
             self._share(ranks > 1 and settings.shard == "on")
+        else:
+            check_targets(spec, settings.adapter.target_modules)
 
     def _share(self, sharded: bool) -> None:
         """Plans on with layers that are cut among ranks, or whole ones on each."""
