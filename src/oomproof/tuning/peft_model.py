@@ -212,9 +212,10 @@ def refuse_leaking_packs(model: PeftTrainingModel, vocab_size: int, device: torc
     other[:, :16] = tokens[:, :16].flip(1)
     was = model.training
     model.eval()
-    first, second = (
-        float(model(one, labels, position_ids=positions).loss) for one in (tokens, other)
-    )
+    with torch.no_grad():
+        first, second = (
+            float(model(one, labels, position_ids=positions).loss) for one in (tokens, other)
+        )
     model.train(was)
     if abs(first - second) > 1e-3 * max(1.0, abs(first)):
         raise NotRunnableError(
