@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oomproof.memory import peft as bounds
@@ -18,6 +15,7 @@ from oomproof.models.spec import ModelSource, ModelSpec
 from oomproof.tuning import peft_model
 from oomproof.tuning.options import AdapterSettings
 from oomproof.tuning.peft_model import PeftTrainingModel
+from tests.memory.tracking import Tracked
 
 POSITIONS, SEQUENCES, RANK = 256, 2, 8
 SIZES = {
@@ -48,36 +46,6 @@ MODELS: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
     "gpt_oss": {**EXPERTS, "sliding_window": 64},
 }
-
-
-class Tracked(TorchDispatchMode):
-    """Counts the bytes of storages that operators make, while they are alive."""
-
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen = {one.untyped_storage()._cdata for one in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in tree_flatten(out)[0]:
-            if isinstance(one, torch.Tensor):
-                self._count(one.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone() -> None:
-            self._seen.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
 
 
 def build(name: str, dtype: torch.dtype, **sizes: object) -> tuple[Any, ModelSpec]:
@@ -122,7 +90,7 @@ def beside(
         one.grad = torch.zeros_like(one)
     gradients = [one.grad for one in trained if one.grad is not None]
     known = [*model.parameters(), *model.buffers(), *gradients, words]
-    tracked = Tracked(known if places is None else [*known, places])
+    tracked = Tracked(words.device, known=known if places is None else [*known, places])
     with torch.autograd.set_multithreading_enabled(False), tracked:
         model(words, words, position_ids=places).loss.backward()
     device, _ = training_terms(spec, tuned, micro_batch=SEQUENCES, length=POSITIONS)

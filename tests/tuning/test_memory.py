@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from oomproof.formats import DType
 from oomproof.memory.training import training_memory
@@ -24,27 +20,24 @@ from oomproof.tuning.activations import Phase
 from oomproof.tuning.attention import Flash
 from oomproof.tuning.distributed import Ranks
 from oomproof.tuning.model import LoraSettings
+from tests.memory.tracking import Tracked
 
 META = torch.device("meta")
 SHAPE = TrainingShape(tokens=2048, positions=2048, sequences=1, kept=Kept(attention=2))
 
 
-class Tracked(TorchDispatchMode):
-    """Counts the bytes of all storages on the meta device that are alive, as CUDA's would be."""
+class Phased(Tracked):
+    """As CUDA's allocator would count them, on the meta device."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
+        super().__init__(META, rounding=512)
 
     def count_phases(self, patch: pytest.MonkeyPatch) -> None:
         """Storages that come and go behind their tensors: no operator says so."""
         opens, closes = Phase.open, Phase.close
 
         def count(phase: Phase, before: int) -> None:
-            now = int(phase._storage.nbytes())
-            self.now += (-(-now // 512) - -(-before // 512)) * 512
-            self.peak = max(self.peak, self.now)
+            self.grow(self.rounded(phase._storage.nbytes()) - self.rounded(before))
 
         def opened(phase: Phase, tokens: int) -> None:
             before = phase._storage.nbytes()
@@ -58,27 +51,6 @@ class Tracked(TorchDispatchMode):
 
         patch.setattr(Phase, "open", opened)
         patch.setattr(Phase, "close", closed)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in tree_flatten(out)[0]:
-            if isinstance(one, torch.Tensor) and one.device == META:
-                self._count(one.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone() -> None:
-            self._seen.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
 
 
 @pytest.fixture(autouse=True)
@@ -116,13 +88,13 @@ def nothing_travels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def peak_of(spec: ModelSpec, shape: TrainingShape, lora: LoraSettings) -> int:
     """Of two steps, weights and all."""
-    tracked = Tracked()
+    tracked = Phased()
     with pytest.MonkeyPatch.context() as patch:
         tracked.count_phases(patch)
         return _peak(tracked, spec, shape, lora)
 
 
-def _peak(tracked: Tracked, spec: ModelSpec, shape: TrainingShape, lora: LoraSettings) -> int:
+def _peak(tracked: Phased, spec: ModelSpec, shape: TrainingShape, lora: LoraSettings) -> int:
     ranks = Ranks(rank=shape.ranks - 1, size=shape.ranks)
     with tracked, torch.autograd.set_multithreading_enabled(False):
         weights = frozen.FrozenModel(
