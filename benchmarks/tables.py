@@ -99,9 +99,10 @@ def decode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     latest = {row["row"]: row for row in rows}
     for row in latest.values():
         gpus = f" over {row['gpus']} GPUs" if row["gpus"] > 1 else ""
+        adapter = f", adapter of rank {row['rank']}" if row.get("rank") else ""
         size = f"{row['requests']} × {row['prompt_tokens']:,}"
         what = "prompt" if row["new_tokens"] == 1 else "decode"
-        cells = [row["model"].removeprefix(_FAMILY) + gpus, row["format"], size, what]
+        cells = [row["model"].removeprefix(_FAMILY) + gpus + adapter, row["format"], size, what]
         if "ours" not in row:
             cells += ["failed", *["–"] * 4]
         else:

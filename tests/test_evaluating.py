@@ -10,11 +10,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import oomproof
 from oomproof import evaluating
 from oomproof.errors import (
     InputError,
+    LoadError,
     ModelNotFoundError,
     NotRunnableError,
     PlanDoesNotFitError,
@@ -25,6 +27,7 @@ from oomproof.evaluation.report import EvalReport
 from oomproof.hardware.describe import describe
 from oomproof.hardware.probe import probe
 from oomproof.models.resolve import resolve
+from tests.compat.checkpoints import copy_of_tiny, edit_tensors
 
 WORDS = (
     "It was a dark night, and the rain fell upon the sea. The captain stood at the wheel and "
@@ -214,3 +217,22 @@ def test_fp8_is_refused_where_a_gpu_lacks_it_and_left_out_unless_asked_for(
 def test_a_family_without_our_decoder_is_refused(text: Path) -> None:
     with pytest.raises(NotRunnableError, match="cannot be evaluated: the native engine"):
         oomproof.evaluate("gemma-2-9b", text, **QUICK)
+
+
+def test_logits_that_float16_cannot_hold_are_refused(text: Path, tmp_path: Path) -> None:
+    folder = copy_of_tiny(tmp_path / "tiny")
+    edit_tensors(folder, lambda tensors: tensors["lm_head.weight"].mul_(1e5))
+    options = QUICK | {"formats": "int8", "compute_dtype": "float16"}
+    with pytest.raises(NotRunnableError, match=r"overflows in float16.*use --compute-dtype bf"):
+        oomproof.evaluate(folder, text, **options)
+
+
+def test_what_a_folder_in_4_bits_holds_beside_the_model_is_refused(
+    text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "four"
+    oomproof.quantize("tiny", folder, device="cpu")
+    (folder / "oomproof-manifest.json").unlink()
+    edit_tensors(folder, lambda tensors: tensors.update({"extra.weight": torch.zeros(3)}))
+    with pytest.raises(LoadError, match=r"1 unexpected parameters: extra\.weight"):
+        oomproof.evaluate("tiny", text, formats=[str(folder)], **QUICK)

@@ -89,6 +89,12 @@ def test_a_refused_size_names_its_option_its_value_and_the_bound() -> None:
         parse_bytes("0", what="cap")
 
 
+def test_no_byte_is_a_size_where_it_is_allowed() -> None:
+    assert parse_bytes("0", allow_zero=True) == parse_bytes("0GiB", allow_zero=True) == 0
+    with pytest.raises(InputError, match=r"reserve '2000TiB' must be at most 1 PiB"):
+        parse_bytes("2000TiB", what="reserve", allow_zero=True)
+
+
 @law
 @given(st.integers(1, 10**5), st.sampled_from([("GB", 10**9), ("GiB", GIB), ("TB", 10**12)]))
 def test_a_decimal_size_means_the_whole_bytes_it_spells(

@@ -21,7 +21,13 @@ from oomproof.planning.notes import read_notes
 from oomproof.planning.plan import Plan
 from oomproof.planning.request import Offload, PlanRequest
 from oomproof.planning.search import make_plan
-from oomproof.planning.spelled import read_bytes, read_count, read_limits, read_tokens
+from oomproof.planning.spelled import (
+    read_bytes,
+    read_count,
+    read_limits,
+    read_reserve,
+    read_tokens,
+)
 
 if TYPE_CHECKING:
     from oomproof.planning.handoffs.handoff import HandOff
@@ -94,7 +100,7 @@ def plan(  # noqa: PLR0913 - one keyword an option of the command line
         kv_format=kv_format,
         context=read_tokens(context),
         concurrency=read_count(concurrency),
-        reserve_bytes=read_bytes(reserve, "reserve") or 0,
+        reserve_bytes=read_reserve(reserve),
         max_memory={index: size for index, size in limits.items() if index != "cpu"},
         max_host_bytes=limits.get("cpu"),
         cap_bytes=read_bytes(cap, "cap"),
@@ -156,7 +162,7 @@ def hand_off(  # noqa: PLR0913 - one keyword an option of the command line
         kv_format=kv_format,
         context=read_tokens(context),
         concurrency=read_count(concurrency),
-        reserve_bytes=read_bytes(reserve, "reserve") or 0,
+        reserve_bytes=read_reserve(reserve),
         max_memory={index: size for index, size in limits.items() if index != "cpu"},
         cap_bytes=read_bytes(cap, "cap"),
     )

@@ -17,7 +17,7 @@ from oomproof.memory.profiles import engine_profile
 from oomproof.models.resolve import resolve, with_checkpoint
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.request import COMPUTE_DTYPES
-from oomproof.planning.spelled import read_bytes, read_limits, read_tokens
+from oomproof.planning.spelled import read_limits, read_reserve, read_tokens
 
 if TYPE_CHECKING:
     from oomproof.evaluation.report import EvalReport
@@ -70,11 +70,16 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     """
     require_run_packages()
     begin_s = time.perf_counter()
-    from oomproof.evaluation.windows import DEFAULT_TOKENS, cut_windows, read_text
+    from oomproof.evaluation.windows import (
+        DEFAULT_TOKENS,
+        cut_windows,
+        read_text,
+        refuse_unknown_tokens,
+    )
 
     wanted = _count(tokens, DEFAULT_TOKENS, "tokens", 1, MAX_TOKENS)
     limits = read_limits(max_memory)
-    reserved = read_bytes(reserve, "reserve") or 0
+    reserved = read_reserve(reserve)
     spec = resolve(str(model), revision=revision, allow_pickle=allow_pickle)
     hardware = probe()
     device = max(hardware.devices, key=lambda one: one.free_bytes)
@@ -92,9 +97,9 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
     from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
 
     tokenizer = TransformersTokenizer(folder, defaults=read_generation_defaults(folder))
-    windows = cut_windows(
-        words, tokenizer, tokens=wanted, context=length, name=f"text {str(path)!r}"
-    )
+    name = f"text {str(path)!r}"
+    windows = cut_windows(words, tokenizer, tokens=wanted, context=length, name=name)
+    refuse_unknown_tokens((*windows.inputs, *windows.targets), spec.vocab_size, name=name)
     place = Place(
         hardware=hardware,
         device=device,
@@ -129,7 +134,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
         context=length,
         scored=windows.scored,
     )
-    from oomproof.evaluation.conclude import conclude
+    from oomproof.evaluation.conclude import conclude, refuse_overflow
     from oomproof.evaluation.devices import torch_device
     from oomproof.evaluation.run import Job, Walk
 
@@ -152,6 +157,7 @@ def evaluate(  # noqa: PLR0913 - one keyword an option of the command line
             import torch
 
             torch.cuda.empty_cache()
+    refuse_overflow(job, found.figures)
     return conclude(
         job,
         found,

@@ -19,7 +19,7 @@ from oomproof.models.checkpoint import TOKENIZER_FILES
 from oomproof.models.resolve import resolve, with_checkpoint
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.request import PlanRequest
-from oomproof.planning.spelled import read_bytes, read_limits
+from oomproof.planning.spelled import read_bytes, read_limits, read_reserve
 from oomproof.units import GIB
 
 if TYPE_CHECKING:
@@ -66,8 +66,15 @@ def lead(order: Order, ranks: Ranks, hardware: Hardware) -> TuningReport:
     """What the first rank does: it reads, plans and writes, and tells the others when to come."""
     from oomproof.conversion.files import explained
     from oomproof.conversion.work import locked
+    from oomproof.tuning.cache import digest_of_data
     from oomproof.tuning.hub_data import find_data
-    from oomproof.tuning.job import REPORT_FILE, agree_with_job, open_folder, read_chosen
+    from oomproof.tuning.job import (
+        REPORT_FILE,
+        agree_with_finished,
+        agree_with_job,
+        open_folder,
+        read_chosen,
+    )
     from oomproof.tuning.prepare import make_training_plan, prepare, settle
     from oomproof.tuning.remedies import describe_shortfall
 
@@ -79,6 +86,8 @@ def lead(order: Order, ranks: Ranks, hardware: Hardware) -> TuningReport:
     planner = planner_of(spec, settings, hardware, ranks=ranks.size, **order.limits)
     tokenizer_folder = tokenizer_folder_of(spec)
     if folder.is_finished:
+        sha256, _ = digest_of_data(path)
+        agree_with_finished(folder, _asked_of(spec, asked, sha256))
         report = _finished(folder.read(REPORT_FILE) or {}, folder.path)
         ranks.share(report)
         return report
@@ -239,7 +248,7 @@ def planner_of(
     limits = read_limits(max_memory)
     request = PlanRequest(
         format=settings.format,
-        reserve_bytes=read_bytes(reserve, "reserve") or 0,
+        reserve_bytes=read_reserve(reserve),
         max_memory={index: size for index, size in limits.items() if index != "cpu"},
         max_host_bytes=limits.get("cpu"),
         cap_bytes=read_bytes(cap, "cap"),
@@ -283,6 +292,20 @@ def _job(
     spec: ModelSpec, settings: TuningSettings, plan: TrainingPlan, sha256: str
 ) -> dict[str, Any]:
     """Everything that decides the adapter's values."""
+    asked = _asked_of(spec, settings, sha256)
+    return {
+        "model": asked["model"],
+        "data": asked["data"],
+        "engine": plan.engine,
+        "compute_dtype": plan.compute_dtype,
+        "optimizer": plan.optimizer,
+        "ranks": plan.ranks,
+        "options": asked["options"],
+    }
+
+
+def _asked_of(spec: ModelSpec, settings: TuningSettings, sha256: str) -> dict[str, Any]:
+    """The part of it that is known without a plan."""
     options = {k: v for k, v in settings.as_dict().items() if k not in _NOT_OF_THE_WEIGHTS}
     return {
         "model": {
@@ -291,10 +314,6 @@ def _job(
             "fingerprint": spec.fingerprint,
         },
         "data": sha256,
-        "engine": plan.engine,
-        "compute_dtype": plan.compute_dtype,
-        "optimizer": plan.optimizer,
-        "ranks": plan.ranks,
         "options": options,
     }
 

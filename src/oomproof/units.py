@@ -33,12 +33,13 @@ MAX_BYTES = 1024**5
 MAX_TOKENS = 1_000_000_000
 
 
-def parse_bytes(text: str, *, what: str = "size") -> int:
+def parse_bytes(text: str, *, what: str = "size", allow_zero: bool = False) -> int:
     """Reads "80GiB", "24GB", "512MiB" or plain bytes.
 
     Args:
         text: The size; a number without a unit means bytes.
         what: Name of the value, for the error.
+        allow_zero: Whether no byte at all is a size too.
 
     Raises:
         InputError: Not a size, zero, or more than 1 PiB.
@@ -48,8 +49,9 @@ def parse_bytes(text: str, *, what: str = "size") -> int:
     if match is None or scale is None:
         raise InputError(f"{what} {text!r} is not a size", remedy='write "24GiB" or "24GB"')
     size = int(Fraction(match[1]) * scale)
-    if not 0 < size <= MAX_BYTES:
-        raise InputError(f"{what} {text!r} must be more than 0 and at most 1 PiB")
+    if not (0 if allow_zero else 1) <= size <= MAX_BYTES:
+        bound = "at most" if allow_zero else "more than 0 and at most"
+        raise InputError(f"{what} {text!r} must be {bound} 1 PiB")
     return size
 
 

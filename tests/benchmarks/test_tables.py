@@ -73,6 +73,11 @@ def test_pairs_have_a_line_a_row_and_the_latest_run_counts() -> None:
     assert third.endswith("| failed | – | – | – | – |")
 
 
+def test_a_row_with_an_adapter_says_so() -> None:
+    line = decode_table([{**pair("8b-1-adapter", 289.3, None), "rank": 16}])[-1]
+    assert line.startswith("| 3.1-8b, adapter of rank 16 | nf4-dq |")
+
+
 def test_prompts_in_4_bits_stand_beside_our_own_in_16() -> None:
     rows = [
         pair("8b-prompt", 30_000.0, 20_000.0, new_tokens=1),

@@ -98,3 +98,32 @@ def test_too_little_memory_exits_with_3(text: Path) -> None:
 
 def test_without_a_text_the_command_line_cannot_be_parsed() -> None:
     assert invoke("eval", "tiny").code == 2
+
+
+def test_a_report_that_cannot_be_written_loses_no_result(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    html = str(tmp_path / "eval.html")
+    done = invoke("eval", "tiny", "--text", str(text), *QUICK, "--html", html)
+    assert (done.code, done.err) == (
+        1,
+        f"error: html {html!r} cannot be written (No space left on device)\n",
+    )
+    assert "\n nf4 " in done.out
+
+
+def test_names_are_shown_as_they_are_and_written_whatever_their_bytes(
+    text: Path, tmp_path: Path
+) -> None:
+    folder, html = tmp_path / "[b]", tmp_path / "eval.html"
+    strange = text.rename(tmp_path / "words\udcff")
+    assert invoke("quantize", "tiny", "--out", str(folder), "--device", "cpu").code == 0
+    names = (*QUICK[:-1], str(folder), "--html", str(html))
+    done = invoke("eval", "tiny", "--text", str(strange), *names)
+    assert done.code == 0, done.err
+    assert "\n [b]/ " in done.out
+    assert "words\\udcff" in html.read_text(encoding="utf-8")

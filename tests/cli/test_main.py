@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,34 @@ def test_a_reader_that_goes_away_gets_no_traceback() -> None:
     process.stderr.close()
     assert process.wait(timeout=30) == 1
     assert said == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_under_the_output_is_one_line() -> None:
+    script = "from oomproof.cli.main import main; main()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script, "plan", "tiny", "--gpus", "1x24GiB"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    said = "error: the output cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_what_an_encoding_lacks_becomes_a_question_mark() -> None:
+    script = "from oomproof.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "plan", "tiny", "--gpus", "1x24GiB"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "parameters ? bf16" in done.stdout
 
 
 def test_planning_and_its_errors_import_nothing_heavy(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_model_is_merged_and_told_in_a_line(adapter: Path, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["--adapter", "nowhere", "--out", "{out}"], "nowhere: no such folder"),
-        (["--adapter", "{adapter}", "--out", "{out}", "--dtype", "int8"], "dtype 'int8' is not"),
+        (["--adapter", "{adapter}", "--out", "{out}", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["--adapter", "{adapter}", "--out", "{out}", "--device", "tpu"], "device 'tpu' is unkno"),
         (["--adapter", "{adapter}", "--out", "{out}", "--device", "cuda:9"], "is not here: this"),
         (["--adapter", "{adapter}", "--out", "{out}", "--shard", "12"], "shard 12 is less than"),

@@ -35,6 +35,19 @@ def test_the_options_reach_the_plan() -> None:
     assert made.cap_bytes == 20 * 2**30
 
 
+def test_a_reserve_of_0_is_what_is_reserved_unless_told() -> None:
+    done = invoke("plan", "llama-3.2-1b", "--gpus", "24GiB", "--reserve", "0", "--json")
+    assert (done.code, json.loads(done.out)["reserve_bytes"]) == (0, 0)
+
+
+def test_no_figure_is_cut_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    asked = ("llama-3.1-405b", "--gpus", "8x24GiB", "--format", "nf4-dq", "--offload", "cpu")
+    table = invoke("plan", *asked, "--force").out.split("\n\n")[1]
+    assert "GPU 7  115–125 H" in table
+    assert "…" not in table
+
+
 def test_max_model_len_is_another_name_for_context() -> None:
     done = invoke("plan", "tiny", "--max-model-len", "512", "--json")
     assert json.loads(done.out)["context"] == 512

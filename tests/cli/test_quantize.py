@@ -24,6 +24,14 @@ def test_a_model_is_written_and_told_in_a_line(tmp_path: Path) -> None:
     assert "[it was there already, whole: nothing was written]" in again.err
 
 
+def test_the_folder_is_told_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("quantize", "tiny", "--out", "out", "--device", "cpu")
+    assert done.out.startswith("out: 7.32 MiB of weights")
+
+
 @pytest.mark.parametrize(("flag", "word"), [("--search", "searched"), ("--no-search", "absmax")])
 def test_block_scales_are_searched_or_not(flag: str, word: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
@@ -58,7 +66,7 @@ def test_a_folder_is_verified(tmp_path: Path) -> None:
             ["tiny", "--out", "{out}", "--format", "q4_k"],
             "format 'q4_k' is unknown: use one of nf4",
         ),
-        (["tiny", "--out", "{out}", "--dtype", "int8"], "dtype 'int8' is not stored beside 4-bit"),
+        (["tiny", "--out", "{out}", "--dtype", "int8"], "unknown dtype 'int8'"),
         (
             ["tiny", "--out", "{out}", "--device", "tpu"],
             "device 'tpu' is unknown: use auto, cpu, c",

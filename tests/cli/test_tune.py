@@ -95,7 +95,7 @@ def test_an_interrupt_is_exit_code_130_and_says_how_to_go_on(tmp_path: Path) -> 
         (["--data", "{data}", "--out", "{out}", "--engine", "jax"], "unknown engine 'jax'"),
         (
             ["--data", "{data}", "--out", "{out}", "--engine=transformers", "--target-modules=x"],
-            "no adapter can be added",
+            "target module 'x' is no linear layer of the decoder",
         ),
         (["--data", "org/name", "--out", "{out}"], "HF_HUB_OFFLINE is set"),
         (["--data", "{long}", "--out", "{out}", "--context", "16"], "line 1: has "),

@@ -192,3 +192,10 @@ def test_a_generation_config_of_gigabytes_is_not_read_into_memory(tmp_path: Path
         file.truncate(40 * 2**20)
     with pytest.raises(CheckpointError, match="larger than"):
         read_generation_defaults(tmp_path)
+
+
+def test_a_tokenizer_without_a_token_for_a_cannot_tell_what_begins_a_document(folder: Path) -> None:
+    nothing = {"type": "Replace", "pattern": {"Regex": "[a-z]"}, "content": ""}
+    edit_json(folder / "tokenizer.json", normalizer=nothing)
+    with pytest.raises(RequestError, match="which tokens begin a document"):
+        _ = read(folder).prefix

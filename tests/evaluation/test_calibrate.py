@@ -131,3 +131,9 @@ def test_too_little_memory_is_refused_before_anything_is_read() -> None:
     small = DeviceSpec(index=0, name="cpu", kind="cpu", total_bytes=1 << 20, free_bytes=1 << 20)
     with pytest.raises(PlanDoesNotFitError, match="calibrating tiny needs"):
         sensitivities(bundled_folder(), spec, spec.forward, [[1, 2, 3]], device=small)
+
+
+def test_a_token_without_an_embedding_is_refused(text: Path) -> None:
+    spec = replace(resolve("tiny"), vocab_size=4)
+    with pytest.raises(InputError, match="outside the vocabulary of 4"):
+        calibrated(WeightErrors(), bundled_folder(), spec, text)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from oomproof.errors import CheckpointError
+from oomproof.errors import CheckpointError, LoadError
 from oomproof.evaluation.compare import AGREES, KL, NLL
 from oomproof.evaluation.run import Found, Job, Walk
 from oomproof.evaluation.variants import Variant, plain
@@ -19,7 +19,7 @@ from oomproof.hardware.probe import probe
 from oomproof.memory.profiles import engine_profile
 from oomproof.models.resolve import bundled_folder, resolve, with_checkpoint
 from oomproof.quantization.handlers import handler
-from tests.compat.checkpoints import random_checkpoint
+from tests.compat.checkpoints import copy_of_tiny, edit_tensors, random_checkpoint
 
 FORMATS = ("fp32", "int8", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq")
 FAMILIES = ("llama", "llama, tied", "granite", "qwen2, sliding", "qwen3")
@@ -180,3 +180,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = random_checkpoint(tmp_path, edit=damage)
     with pytest.raises(CheckpointError, match="up_proj"):
         Walk(job_of(folder, windows_of(2048, context=16))).run()
+
+
+def test_a_tensor_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
+    folder = copy_of_tiny(tmp_path / "tiny")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(256)}))
+    with pytest.raises(LoadError, match=f"1 unexpected parameters: {name}"):
+        Walk(job_of(folder, windows_of(2048, 8))).run()

@@ -43,3 +43,9 @@ def test_perplexity_is_the_exponential_of_all_three() -> None:
 def test_bins_cover_every_position_once(scored: int) -> None:
     bins = position_bins(scored)
     assert [n for first, end in bins for n in range(first, end)] == list(range(scored))
+
+
+def test_a_perplexity_beyond_floats_is_infinite_and_null_in_json() -> None:
+    found = Bootstrap(1).mean(torch.tensor([1e4])).exponential()
+    assert found.value == math.inf
+    assert set(found.as_dict().values()) == {None}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from oomproof.errors import InputError
-from oomproof.evaluation.windows import cut_windows, read_text
+from oomproof.evaluation.windows import cut_windows, read_text, refuse_unknown_tokens
 
 
 class Letters:
@@ -111,3 +111,21 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"\xef\xbb\xbfabc")
     assert read_text(path, 10) == "abc"
+
+
+class Halves(Letters):
+    """Two tokens a character, which both end with it."""
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        return [n % 2 for n in range(2 * len(text))], [n // 2 + 1 for n in range(2 * len(text))]
+
+
+def test_tokens_that_end_no_character_are_refused() -> None:
+    with pytest.raises(InputError, match="end no character: use more --tokens"):
+        cut_windows("😀x", Halves(), tokens=1, context=1, name="text")
+
+
+def test_a_token_without_an_embedding_is_refused() -> None:
+    refuse_unknown_tokens([(0, 9), (4, 5)], 10, name="text 'a'")
+    with pytest.raises(InputError, match="text 'a' has token 9, outside the vocabulary of 9"):
+        refuse_unknown_tokens([(0, 9), (4, 5)], 9, name="text 'a'")

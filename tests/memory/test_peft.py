@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from oomproof.memory import peft as bounds
 from oomproof.memory.peft import Tuned, adapter_tensors, target_linears, training_terms
 from oomproof.models.architectures import build_spec
+from oomproof.models.resolve import resolve
 from oomproof.models.spec import ModelSource, ModelSpec
 from oomproof.tuning import peft_model
 from oomproof.tuning.options import AdapterSettings
@@ -103,6 +105,26 @@ def beside(
 def test_layers_take_what_is_said_and_little_less(name: str, checkpointing: str) -> None:
     bound, took = beside(name, checkpointing)
     assert took <= bound <= 1.16 * took
+
+
+def test_a_layer_that_is_narrower_than_the_widest_keeps_its_gate_too() -> None:
+    """DeepSeek V2 Lite's first layer has 10,944 where the experts of the others have 11,264."""
+    tuned = Tuned(
+        rank=RANK,
+        target_modules=("q_proj",),
+        optimizer="adamw",
+        checkpointing="none",
+        compute_bytes=2,
+        packed=False,
+    )
+    spec = resolve("deepseek-v2-lite")
+    first = replace(spec, num_hidden_layers=1, attention=spec.attention[:1])
+    wider = replace(first, intermediate_size=10_944)
+    found, expected = (
+        training_terms(one, tuned, micro_batch=1, length=512)[0]["activations"]
+        for one in (first, wider)
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])

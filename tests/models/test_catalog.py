@@ -106,6 +106,7 @@ def test_near_misses_are_suggested() -> None:
     assert catalog.suggest("llama3.1-70b")[0] == "llama-3.1-70b"
     assert "Qwen/Qwen3-8B" in catalog.suggest("Qwen/Qwen3-7B")
     assert catalog.suggest("☃" * 10_000) == []
+    assert catalog.suggest("Tinny", "tiny")[0] == "tiny"
 
 
 def test_a_look_up_imports_nothing_heavy() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,10 +161,59 @@ def test_a_damaged_checkpoint_is_passed_over(
     said: list[Any] = []
     resumed = tune(data, tmp_path / "out", resume=True, on_event=said.append)
     assert resumed.resumed_from == 2
-    assert f"{newest} is damaged; an older one is taken" in [
+    assert f"{newest} is damaged, and is {newest.name}.damaged now" in [
         one.text for one in said if isinstance(one, Said)
     ]
     assert (tmp_path / "out" / ADAPTER).read_bytes() == (unbroken[0] / ADAPTER).read_bytes()
+
+
+def test_newer_checkpoints_that_are_damaged_push_out_none_that_are_whole(
+    data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        tune(data, out, on_event=killed_after(4))
+    for one in checkpoints(out / "training"):
+        (one / "rng_state.pth").write_bytes(b"")
+    (out / "training" / "baseline.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(Killed):
+        tune(data, out, resume=True, on_event=killed_after(2))
+    assert [one.name for one in checkpoints(out / "training")] == ["checkpoint-1"]
+    assert tune(data, out, resume=True).resumed_from == 1
+
+
+def test_a_finished_folder_is_told_again_only_for_what_it_was_made_of(
+    data: Path, unbroken: tuple[Path, TuningReport], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(unbroken[0], out)
+    with pytest.raises(InputError, match=r"begun with options learning_rate 0\.004, not 0\.002"):
+        tune(data, out, resume=True, learning_rate=2e-3)
+    with pytest.raises(InputError, match="begun with options batch_size 4, not 1"):
+        tune(data, out, resume=True, batch_size=1, micro_batch=None)
+    with pytest.raises(InputError, match="begun with data "):
+        tune(small_book(tmp_path, 3000), out, resume=True)
+    (out / ADAPTER).unlink()
+    with pytest.raises(CheckpointError, match="is missing: tune again into another --out"):
+        tune(data, out, resume=True)
+
+
+def test_what_a_run_had_chosen_is_read_strictly(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        tune(data, out, on_event=killed_after(1))
+    job = json.loads((out / "oomproof-tune.json").read_text(encoding="utf-8"))
+    job["chosen"]["micro_batch"] = "two"
+    (out / "oomproof-tune.json").write_text(json.dumps(job), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is damaged: chosen"):
+        tune(data, out, resume=True)
+
+
+def test_a_single_step_learns_something(data: Path, tmp_path: Path) -> None:
+    report = tune(data, tmp_path / "out", max_steps=1)
+    assert report.perplexity_before is not None
+    assert report.perplexity_after is not None
+    assert report.perplexity_after < report.perplexity_before
 
 
 def test_an_interrupt_saves_and_says_that_it_is_not_finished(

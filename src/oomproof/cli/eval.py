@@ -91,18 +91,19 @@ def evaluate(
             allow_pickle=allow_pickle,
             progress=progress,
         )
-    if html is not None:
-        from oomproof.evaluation.html import report_html
-
-        try:
-            html.write_text(report_html(report), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"html {str(html)!r} cannot be written ({error.strerror})") from None
-        say(f"report: {html}")
     if json:
         typer.echo(json_module.dumps(report.as_dict(), indent=2))
     else:
         print_eval(report)
+    if html is not None:
+        from oomproof.evaluation.html import report_html
+
+        try:
+            # A name that is no UTF-8 has lone surrogates.
+            html.write_text(report_html(report), encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise InputError(f"html {str(html)!r} cannot be written ({error.strerror})") from None
+        say(f"report: {html}")
 
 
 def _check_html(path: Path) -> None:

@@ -6,11 +6,13 @@ fit.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import time
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 import typer
@@ -33,6 +35,8 @@ from oomproof.tuning.launched import world_size
 
 _LAUNCHER_S = 5.0
 """In which a launcher finds out that a process has ended."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
@@ -102,8 +106,16 @@ def _tell_launcher(error: OomproofError) -> None:
             Path(os.environ[_ERROR_FILE]).write_text(json.dumps(told), encoding="utf-8")
 
 
+def _show_what_can_be_shown() -> None:
+    """A character that the encoding of stdout or stderr lacks becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Runs the command line and exits."""
+    _show_what_can_be_shown()
     try:
         _recorded()
     except OomproofError as error:
@@ -125,5 +137,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        sys.stderr.write(f"error: the output cannot be written ({error.strerror})\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

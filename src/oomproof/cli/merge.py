@@ -62,6 +62,6 @@ def merge(
         typer.echo(json_module.dumps(report.as_dict(), indent=2))
         return
     typer.echo(
-        f"{report.folder}: {report.merged} weights merged, {format_bytes(report.output_bytes)} in "
+        f"{out}: {report.merged} weights merged, {format_bytes(report.output_bytes)} in "
         f"{report.dtype}, {report.files} files, {report.seconds:.1f} s on {report.device}"
     )

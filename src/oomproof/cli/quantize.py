@@ -95,7 +95,7 @@ def quantize(
         typer.echo(json_module.dumps(report.as_dict(), indent=2))
         return
     typer.echo(
-        f"{report.folder}: {format_bytes(report.source_bytes)} of weights → "
+        f"{out}: {format_bytes(report.source_bytes)} of weights → "
         f"{format_bytes(report.output_bytes)} in {report.format} and {report.dtype}, "
         f"block scales {report.block_scales}, {report.files} files, "
         f"{report.seconds:.1f} s on {report.device}"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from oomproof.monitoring.events import MonitorEvent
 
 _TERMS = tuple(field.name for field in fields(DeviceTerms))
+_WIDEST = 1000
+"""Characters that a table is measured in, wider than any."""
 
 
 def say(text: str) -> None:
@@ -55,7 +57,13 @@ def print_plan(plan: Plan) -> None:
     console.print(f"on {escape(_device_names(plan))}")
     console.print(_verdict(plan))
     console.print()
-    console.print(_device_table(plan))
+    table = _device_table(plan)
+    if (
+        console.measure(table, options=console.options.update(width=_WIDEST)).maximum
+        > console.width
+    ):
+        table.padding = 0  # a figure is never cut: rather one space between columns than two
+    console.print(table)
     _print_facts(console, plan)
     if plan.alternatives:
         console.print(_alternatives_table(plan))

@@ -43,7 +43,7 @@ def _quality(report: EvalReport, *, wide: bool) -> Table:
     table = _table("", "bits", "weights", "perplexity", *per_byte, "added", "KL, nats", "same top")
     for one in shown:
         row = [
-            one.format,
+            escape(one.format),
             f"{one.bits_per_weight:.2f}",
             format_bytes(one.weight_bytes),
             _figure(one.perplexity, 2, with_interval=wide),
@@ -65,7 +65,7 @@ def _layers(report: EvalReport) -> Table:
     for one in report.formats:
         worst = max(one.layers, key=lambda layer: layer.weight_error)
         table.add_row(
-            one.format,
+            escape(one.format),
             f"{min(layer.weight_error for layer in one.layers):.2%}",
             f"{worst.weight_error:.2%}",
             str(worst.layer),

@@ -82,7 +82,9 @@ def _base_line(plan: TrainingPlan) -> str:
 def _memory_lines(plan: TrainingPlan) -> Iterator[str]:
     verdict = "[bold green]fits[/bold green]"
     if not plan.fits:
-        verdict = f"[bold red]does not fit[/bold red]: {format_bytes(plan.shortfall_bytes)} missing"
+        where = " in host memory" if plan.lacks_host_memory else ""
+        missing = f"{format_bytes(plan.shortfall_bytes)} missing{where}"
+        verdict = f"[bold red]does not fit[/bold red]: {missing}"
     yield (
         f"{verdict}: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.usable_bytes)} on "
         f"{'each ' if plan.ranks > 1 else ''}{escape(plan.device)}, with {plan.optimizer}"
@@ -195,11 +197,11 @@ def print_rehearsal(rehearsal: TuningRehearsal) -> None:
         console.print("loss " + ", ".join(f"{one:.4f}" for one in rehearsal.losses))
 
 
-def print_tuning(report: TuningReport) -> None:
-    """What came of it."""
+def print_tuning(report: TuningReport, out: str) -> None:
+    """What came of it, in the folder as the user named it."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"[bold]{escape(report.folder)}[/bold]: the adapter of step {report.adapter_step:,} of "
+        f"[bold]{escape(out)}[/bold]: the adapter of step {report.adapter_step:,} of "
         f"{report.planned_steps:,}, {format_parameters(report.trainable_parameters)} parameters"
     )
     if report.perplexity_before is not None and report.perplexity_after is not None:

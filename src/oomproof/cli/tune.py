@@ -281,7 +281,7 @@ def tune(
     if json:
         typer.echo(json_module.dumps(report.as_dict(), indent=2))
     elif report.finished:
-        print_tuning(report)
+        print_tuning(report, out)
     if not report.finished:
         say(
             f"stopped after step {report.steps:,} of {report.planned_steps:,}, and saved: "

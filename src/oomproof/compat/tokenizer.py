@@ -68,10 +68,19 @@ class TransformersTokenizer:
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """The special tokens that begin a document; none where the model has none."""
+        """The special tokens that begin a document; none where the model has none.
+
+        Raises:
+            RequestError: The tokenizer cannot tell.
+        """
         marked, plain = (
             self._tokenizer.encode("a", add_special_tokens=special) for special in (True, False)
         )
+        if not plain or plain[0] not in marked:
+            raise RequestError(
+                "this model's tokenizer does not tell which tokens begin a document: it makes "
+                "none of 'a', or others where a document begins"
+            )
         return tuple(marked[: next(n for n, token in enumerate(marked) if token == plain[0])])
 
     def encode_bare(self, text: str) -> list[int]:

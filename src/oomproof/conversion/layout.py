@@ -245,7 +245,7 @@ def choose_dtype(spec: ModelSpec, asked: str) -> DType:
     found = short.get(asked) or next((one for one in QUANTIZE_DTYPES if one == asked), None)
     if found is None:
         raise InputError(
-            f"dtype {asked[:40]!r} is not stored beside 4-bit weights",
+            f"unknown dtype {asked[:40]!r}",
             remedy=f"use one of auto, {', '.join(QUANTIZE_DTYPES)}",
         )
     return found

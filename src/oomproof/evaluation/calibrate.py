@@ -31,7 +31,7 @@ from oomproof.evaluation.devices import torch_device
 from oomproof.evaluation.needs import LOGITS_BYTES, needs_of
 from oomproof.evaluation.streamed import StreamedWeights
 from oomproof.evaluation.variants import plain
-from oomproof.evaluation.windows import TextTokenizer, read_text
+from oomproof.evaluation.windows import TextTokenizer, read_text, refuse_unknown_tokens
 from oomproof.formats import DType
 from oomproof.hardware.probe import probe
 from oomproof.hardware.spec import DeviceSpec
@@ -96,7 +96,9 @@ def calibrated(
         from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
 
         tokenizer = TransformersTokenizer(folder, defaults=read_generation_defaults(folder))
-        inputs = cut_inputs(words, tokenizer, _context(spec), name=f"calibration {str(text)!r}")
+        name = f"calibration {str(text)!r}"
+        inputs = cut_inputs(words, tokenizer, _context(spec), name=name)
+        refuse_unknown_tokens(inputs, spec.vocab_size, name=name)
         found = sensitivities(folder, spec, spec.forward, inputs, device=device, told=told)
         write_kept(kept, {_FIELD: found})
     source = f"{errors.source}, weighed by what they cost on {text.name}"

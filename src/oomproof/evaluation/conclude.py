@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from oomproof.errors import NotRunnableError
 from oomproof.evaluation.compare import AGREES, KL, NLL
 from oomproof.evaluation.report import (
     Difference,
@@ -77,6 +78,27 @@ def _differences(job: Job, figures: torch.Tensor, draws: Draws) -> Iterator[Diff
                 other=job.variants[earlier].name,
                 kl=draws.whole.mean(figures[later, KL].double() - figures[earlier, KL]),
             )
+
+
+def refuse_overflow(job: Job, figures: torch.Tensor) -> None:
+    """Refuses figures [formats, 3, tokens] of logits that are infinite or no numbers.
+
+    Raises:
+        NotRunnableError: Some are.
+    """
+    finite = figures.isfinite().flatten(1).all(dim=1).tolist()
+    names = [one.name for one, fine in zip(job.variants, finite, strict=True) if not fine]
+    if names:
+        remedy = f"leave {', '.join(names)} out of --formats"
+        if job.compute_dtype is DType.FLOAT16:
+            remedy = "use --compute-dtype bfloat16"
+        elif not finite[0]:
+            remedy = "use another checkpoint of the model: this one's weights are too large"
+        raise NotRunnableError(
+            f"{job.spec.id} overflows in {job.compute_dtype} on this text: logits of "
+            f"{', '.join(names)} are not finite",
+            remedy=remedy,
+        )
 
 
 class Draws:

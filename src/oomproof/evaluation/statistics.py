@@ -9,6 +9,7 @@ after Künsch 1989, Annals of Statistics 17), blocks of √n tokens, 1,000 draws
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +35,13 @@ class Estimate:
         return Estimate(value=self.value * factor, low=self.low * factor, high=self.high * factor)
 
     def exponential(self) -> Estimate:
-        """Perplexity of a mean negative log-likelihood."""
-        return Estimate(
-            value=math.exp(self.value), low=math.exp(self.low), high=math.exp(self.high)
-        )
+        """Perplexity of a mean negative log-likelihood; infinite beyond what a float holds."""
+        return Estimate(value=_exp(self.value), low=_exp(self.low), high=_exp(self.high))
 
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no infinity: null in its place."""
+        each = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: number if math.isfinite(number) else None for name, number in each.items()}
 
 
 class Bootstrap:
@@ -68,6 +68,10 @@ class Bootstrap:
         means = blocks.mean(dim=1) / self._block
         low, high = torch.quantile(means, torch.tensor(_PERCENTILES, dtype=torch.float64)).tolist()
         return Estimate(value=float(values.mean()), low=low, high=high)
+
+
+def _exp(exponent: float) -> float:
+    return math.exp(exponent) if exponent < math.log(sys.float_info.max) else math.inf
 
 
 def position_bins(scored: int) -> tuple[tuple[int, int], ...]:

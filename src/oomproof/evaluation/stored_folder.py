@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from oomproof.engine.native.layout import Block, lay_out_block
+from oomproof.engine.native.load import refuse_another_head
 from oomproof.engine.native.stored import StoredWeights
 from oomproof.engine.native.weights import LayerWeights, Parameter
 from oomproof.errors import InputError
@@ -12,6 +13,7 @@ from oomproof.evaluation.needs import stored_bytes, unit_tensors
 from oomproof.evaluation.variants import StoredFolder, Variant
 from oomproof.formats import FORMATS, DType
 from oomproof.loading.pipeline import load_checkpoint
+from oomproof.loading.targets import is_computed_buffer
 from oomproof.memory.profiles import EngineProfile
 from oomproof.memory.weights import stored
 from oomproof.models.spec import ModelSpec, Role
@@ -47,6 +49,17 @@ class StreamedFolder:
             )
             for unit in unit_tensors(spec)
         ]
+        assert quantization.parts is not None
+        placed = [one for block in self._blocks for one in block.placed]
+        self._known = {one.spec.name for one in placed} | {
+            part.name
+            for one in placed
+            if one.held.quantized
+            for part in quantization.parts(one.spec.name, one.spec.shape)
+        }
+        if spec.tie_word_embeddings:
+            refuse_another_head(folder, spec.checkpoint)
+            self._known.add("lm_head.weight")
         size = stored_bytes(spec, variant, compute_dtype, profile)
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._device = device
@@ -69,9 +82,11 @@ class StreamedFolder:
                 targets += self._held.targets(parameter)
             else:
                 targets.append(parameter.target(workspace))
-        wanted = {target.name for target in targets}
         load_checkpoint(
-            self._folder, self._checkpoint, targets, ignored=lambda name: name not in wanted
+            self._folder,
+            self._checkpoint,
+            targets,
+            ignored=lambda name: name in self._known or is_computed_buffer(name),
         )
         self._wait()
         return self._block

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from oomproof.engine.native.layout import Block, lay_out_block, name_in_layer
+from oomproof.engine.native.load import refuse_another_head
 from oomproof.engine.native.weights import LayerWeights, Parameter
 from oomproof.errors import CheckpointError
 from oomproof.evaluation.levels import HistogramCounter
@@ -21,7 +22,7 @@ from oomproof.evaluation.needs import (
 from oomproof.evaluation.variants import Variant
 from oomproof.formats import DType
 from oomproof.loading.pipeline import load_checkpoint
-from oomproof.loading.targets import Target
+from oomproof.loading.targets import Target, is_computed_buffer
 from oomproof.memory.arena import ALIGNMENT_BYTES
 from oomproof.memory.profiles import EngineProfile
 from oomproof.memory.weights import stored
@@ -58,6 +59,10 @@ class StreamedWeights:
         self._dtypes = {tensor.name: tensor.dtype for tensor in self._checkpoint.tensors}
         self._compute_dtype = compute_dtype
         self._units = unit_tensors(spec)
+        self._known = {tensor.name for tensor in spec.tensors}
+        if spec.tie_word_embeddings:
+            refuse_another_head(folder, spec.checkpoint)
+            self._known.add("lm_head.weight")
         sizes = [source_bytes(spec, unit) for unit in self._units]
         self._source_memory = torch.empty(max(sizes), dtype=torch.uint8, device=device)
         block = block_bytes(spec, variants, compute_dtype, profile)
@@ -99,7 +104,7 @@ class StreamedWeights:
             self._folder,
             self._checkpoint,
             targets,
-            ignored=lambda name: name not in self._sources,
+            ignored=lambda name: name in self._known or is_computed_buffer(name),
         )
         self._wait()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -137,11 +137,31 @@ def cut_windows(
     starts = [first + number * scored for number in range(count)]
     end = starts[-1] + scored
     begin_character = ends[first - 1] if first else 0
+    text_bytes = len(text[begin_character : ends[end - 1]].encode())
+    if not text_bytes:
+        raise InputError(
+            f"the {count * scored:,} tokens of {name} that are predicted end no character",
+            remedy="use more --tokens",
+        )
     return Windows(
         inputs=tuple(_inputs(ids, prefix, start, scored) for start in starts),
         targets=tuple(tuple(ids[start : start + scored]) for start in starts),
-        text_bytes=len(text[begin_character : ends[end - 1]].encode()),
+        text_bytes=text_bytes,
     )
+
+
+def refuse_unknown_tokens(windows: Iterable[Sequence[int]], vocab_size: int, *, name: str) -> None:
+    """Refuses tokens that the model has no embedding of.
+
+    Raises:
+        InputError: There is one.
+    """
+    largest = max(max(tokens) for tokens in windows)
+    if largest >= vocab_size:
+        raise InputError(
+            f"{name} has token {largest:,}, outside the vocabulary of {vocab_size:,}",
+            remedy="use the tokenizer's files that the model was made with",
+        )
 
 
 def _inputs(

@@ -294,14 +294,16 @@ class _Layer:
             kinds = 6 if self._clamped else 3
             rows = spec.num_experts_per_token * (element * spec.hidden_size + _ROUTING)
             return element * kinds * spec.intermediate_size + rows
-        into = sum(
-            one.shape[0]
+        linears = [
+            one.shape
             for one in self._tensors
             if one.role is Role.LINEAR and ".self_attn." not in one.name
-            if one.shape[1:] == (spec.hidden_size,)
-        )
-        gated = into >= 2 * spec.intermediate_size
-        return element * (3 if gated else 1) * spec.intermediate_size
+        ]
+        into = sum(shape[0] for shape in linears if shape[1:] == (spec.hidden_size,))
+        # The widest layer's where it cannot be told; others may be narrower (DeepSeek's first).
+        out = [shape[1] for shape in linears if shape[0] == spec.hidden_size]
+        width = min(max(out, default=spec.intermediate_size), spec.intermediate_size)
+        return element * (3 if into >= 2 * width else 1) * width
 
     def _through_adapters(self) -> int:
         """The gradient of an adapter's widest side, beside those of the residual stream."""

@@ -83,9 +83,9 @@ def names() -> list[str]:
     return list(_catalog())
 
 
-def suggest(name: str) -> list[str]:
-    """Short names and repositories that resemble a name nobody answers to, the closest first."""
-    spellings = {}
+def suggest(name: str, *others: str) -> list[str]:
+    """Short names, repositories and others that resemble an unknown name, the closest first."""
+    spellings = {other.casefold(): other for other in others}
     for short_name, raw in _catalog().items():
         for spelling in (short_name, *raw["repositories"]):
             spellings[spelling.casefold()] = spelling

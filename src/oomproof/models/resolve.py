@@ -123,7 +123,7 @@ def _from_folder(
 def _from_hub(name: str, *, revision: str | None) -> ModelSpec:
     from oomproof.models.hub import is_hub_id, read_hub
 
-    close = suggest(name)
+    close = suggest(name, BUNDLED)
     hint = f"did you mean {' or '.join(close)}?" if close else "see docs/3-models.md for the names"
     if not is_hub_id(name) or "/" not in name:
         raise ModelNotFoundError(

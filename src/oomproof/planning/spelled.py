@@ -46,3 +46,8 @@ def read_count(concurrency: int | str) -> int | Literal["auto"]:
 def read_bytes(size: int | str | None, what: str) -> int | None:
     """A size: bytes, "24GiB", or None."""
     return parse_bytes(size, what=what) if isinstance(size, str) else size
+
+
+def read_reserve(size: int | str) -> int:
+    """Memory to leave alone: bytes or "2GiB"; 0 for none."""
+    return parse_bytes(size, what="reserve", allow_zero=True) if isinstance(size, str) else size

@@ -17,6 +17,7 @@ from oomproof.units import MIB
 
 JOB_FILE = "oomproof-tune.json"
 REPORT_FILE = "oomproof-tuned.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 WORK_FOLDER = "training"
 """Checkpoints, cached tokens: what an adapter does not need."""
 _MAX_BYTES = 16 * MIB
@@ -95,9 +96,17 @@ def open_folder(out: str | Path, *, resume: bool) -> TuneFolder:
 
 
 def read_chosen(folder: TuneFolder) -> Mapping[str, Any]:
-    """What the plan chose when the run began: a resumed one keeps to it."""
-    found = (folder.read(JOB_FILE) or {}).get("chosen")
-    return found if isinstance(found, dict) else {}
+    """What the plan chose when the run began: a resumed one keeps to it.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    found = (folder.read(JOB_FILE) or {}).get("chosen", {})
+    if not isinstance(found, dict) or not isinstance(found.get("micro_batch", 1), int):
+        raise CheckpointError(
+            str(folder.path / JOB_FILE), "is damaged: chosen", remedy="tune into another --out"
+        )
+    return found
 
 
 def agree_with_job(folder: TuneFolder, job: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
@@ -115,13 +124,33 @@ def agree_with_job(folder: TuneFolder, job: Mapping[str, Any], chosen: Mapping[s
     if before is None:
         folder.write(JOB_FILE, {"schema": 1, "job": job, "chosen": chosen})
         return
-    plain = json.loads(json.dumps(job))
     begun = before.get("job")
     if isinstance(begun, dict):  # before there were several
         begun = {"ranks": 1, **begun}
-    for name, was, now in _differences("", begun, plain):
+    _refuse_differences(folder, begun, job)
+
+
+def agree_with_finished(folder: TuneFolder, asked: Mapping[str, Any]) -> None:
+    """Compares what is asked with what a finished folder was made for, and looks for its adapter.
+
+    Args:
+        folder: The folder.
+        asked: What is known of the job without a plan.
+
+    Raises:
+        InputError: It was made with other options or data; the first difference is named.
+        CheckpointError: The adapter is not there any more.
+    """
+    begun = (folder.read(JOB_FILE) or {}).get("job")
+    known = begun if isinstance(begun, dict) else {}
+    _refuse_differences(folder, {name: known.get(name) for name in asked}, asked)
+    require_folder(folder, ADAPTER_FILE)
+
+
+def _refuse_differences(folder: TuneFolder, begun: Any, now: Mapping[str, Any]) -> None:
+    for name, was, is_now in _differences("", begun, json.loads(json.dumps(now))):
         raise InputError(
-            f"--out {folder.path} was begun with {name} {_shown(was)}, not {_shown(now)}",
+            f"--out {folder.path} was begun with {name} {_shown(was)}, not {_shown(is_now)}",
             remedy="give the same options and data, or another --out",
         )
 

@@ -103,6 +103,8 @@ class TrainingData:
     """(tokens, samples): the histogram, in powers of two."""
     documents: int = 0
     """Samples in a sequence, at most; 0 where it is not known."""
+    is_cut: bool = False
+    """Whether it is cut into sequences wherever they are full, so that none is too long."""
 
     @property
     def tokens_per_row(self) -> float:
@@ -136,10 +138,11 @@ class TrainingPlan:
     longest: int
     """Tokens of the longest sequence, as it is padded."""
     fits: bool
-    """Whether the longest sequence does, one at a time, with everything else."""
+    """Whether `micro_batch` of the longest sequences do, with everything else."""
     shortfall_bytes: int
+    """What the device lacks; where it lacks nothing, what the host does."""
     micro_batch: int
-    """Sequences at once, of the longest; 1 where not one fits."""
+    """Sequences at once, of the longest; where none fit, one or as many as were asked for."""
     batch_size: int
     """Sequences of an optimizer step, over all ranks."""
     micro_batches_per_step: int
@@ -178,6 +181,11 @@ class TrainingPlan:
     def peak_bytes(self) -> int:
         """The most the device ever holds."""
         return self.terms.peak_bytes
+
+    @property
+    def lacks_host_memory(self) -> bool:
+        """Whether it does not fit for the host alone."""
+        return not self.fits and self.peak_bytes <= self.usable_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as `tune --dry-run --json` prints them."""

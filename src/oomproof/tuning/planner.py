@@ -66,7 +66,7 @@ class TrainingPlanner:
         ranks: int = 1,
     ) -> None:
         self._spec, self._settings, self._engine = spec, settings, engine
-        self._ranks = ranks
+        self._hardware, self._request, self._ranks = hardware, request, ranks
         _check_ranks(ranks, settings, engine)
         self.device = _device_of(hardware, ranks)
         self._machine = replace(hardware, devices=(self.device,), links=())
@@ -98,6 +98,11 @@ class TrainingPlanner:
             self._share(ranks > 1 and settings.shard == "on")
         else:
             check_targets(spec, settings.adapter.target_modules)
+            if settings.checkpointing == "offload" and not on_gpu:
+                raise NotRunnableError(
+                    "transformers keeps inputs of layers in host memory for a GPU, here is none",
+                    remedy="use --checkpointing layers",
+                )
 
     def _share(self, sharded: bool) -> None:
         """Plans on with layers that are cut among ranks, or whole ones on each."""
@@ -131,16 +136,15 @@ class TrainingPlanner:
         batch_size = min(settings.batch_size, max(ranks, data.rows // ranks * ranks))
         share = batch_size // ranks
         choice = self._choose_shared(longest, share, data.documents)
-        least, micro = choice.tuned, max(1, choice.micro_batch)
-        # As many passes as needed, each about as large: the peak is no higher than it has to be.
-        micro = ceil(share / ceil(share / micro))
+        least = choice.tuned
+        micro = _even(share, choice.micro_batch or self._least_rows(share))
         faster = None
         if choice.micro_batch and settings.micro_batch is None:
             micro, faster = self._fastest(least, data, longest, share, micro)
         passes = ceil(share / micro)
         tuned = self._filled(least, micro, longest)
         terms, host = self._terms_and_slack(tuned, micro, longest)
-        short = max(0, terms.peak_bytes - self.usable_bytes)
+        short, host_short = self._missing(tuned, micro, longest)
         fits = choice.micro_batch > 0 and short == 0
         steps = max(1, ceil(round(settings.epochs * data.rows, 6) / batch_size))
         if settings.max_steps is not None:
@@ -159,7 +163,7 @@ class TrainingPlanner:
             packing=settings.packing,
             longest=longest,
             fits=fits,
-            shortfall_bytes=short,
+            shortfall_bytes=short or (0 if fits else host_short),
             micro_batch=micro,
             batch_size=batch_size,
             micro_batches_per_step=passes,
@@ -184,9 +188,19 @@ class TrainingPlanner:
                 self._fits,
                 least,
                 longest,
+                micro_batch=micro,
+                fewer=self._largest(least, longest, micro - 1),
                 ways=self._memory.ways,
                 on_gpu=self.device.kind != "cpu",
-                format_name=self.base.format,
+                truncates=settings.long_samples == "refuse" and not data.is_cut,
+                longest_sample=data.longest,
+                others={
+                    "--shard on": lambda: self._fits_sharded(longest, share, data.documents),
+                    "--format nf4-dq": lambda: self._fits_in_nf4(longest, share, data.documents),
+                },
+                otherwise="a smaller model, or a device with more memory"
+                if short
+                else "more host memory",
             ),
             reasons=(
                 *self._reasons(tuned, batch_size, chunked_loss=chunked_loss),
@@ -278,13 +292,38 @@ class TrainingPlanner:
         left = max(0, self.usable_bytes - terms.peak_bytes)
         return replace(terms, allocator=min(slack, left)), host
 
-    def _fits(self, tuned: Tuned, micro_batch: int, length: int) -> bool:
+    def _missing(self, tuned: Tuned, micro_batch: int, length: int) -> tuple[int, int]:
+        """Bytes that the device lacks, and the host."""
         terms, host = self._terms(tuned, micro_batch, length)
         free = self.base.host.usable_bytes
         # Ranks of one machine have one host.
         needed = self.base.host.peak_bytes + self._ranks * sum(host.values())
-        host_fits = free is None or needed <= free
-        return terms.peak_bytes <= self.usable_bytes and host_fits
+        host_short = 0 if free is None else max(0, needed - free)
+        return max(0, terms.peak_bytes - self.usable_bytes), host_short
+
+    def _fits(self, tuned: Tuned, micro_batch: int, length: int) -> bool:
+        return not any(self._missing(tuned, micro_batch, length))
+
+    def _fits_sharded(self, length: int, share: int, documents: int) -> bool:
+        if self._ranks == 1 or self._sharded:
+            return False
+        self._share(True)
+        choice = self._choose(length, share, documents)
+        self._share(False)
+        return choice.micro_batch > 0
+
+    def _fits_in_nf4(self, length: int, share: int, documents: int) -> bool:
+        if self.base.format == "nf4-dq" or self._spec.checkpoint_quantization is not None:
+            return False
+        other = TrainingPlanner(
+            self._spec,
+            self._hardware,
+            replace(self._request, format="nf4-dq"),
+            self._settings,
+            engine=self._engine,
+            ranks=self._ranks,
+        )
+        return other._choose_shared(length, share, documents).micro_batch > 0
 
     def _largest(self, tuned: Tuned, length: int, most: int) -> int:
         """The most sequences of a length at once; 0 where not one fits."""
@@ -322,10 +361,14 @@ class TrainingPlanner:
             kept = (settings.checkpointing,)
         return optimizers, kept
 
+    def _least_rows(self, share: int) -> int:
+        """Sequences that have to fit at once: those that are asked for, or one."""
+        return _even(share, self._settings.micro_batch or 1)
+
     def _choose(self, length: int, batch_size: int, documents: int) -> _Choice:
         """The fastest way in which the longest sequences fit."""
-        settings = self._settings
-        most = min(settings.micro_batch or batch_size, batch_size)
+        settings, rows = self._settings, self._least_rows(batch_size)
+        most = batch_size if settings.micro_batch is None else rows
         wanted = min(most, _LEAST_BATCH)
         optimizers, kept = self._ways()
         best: _Choice | None = None
@@ -344,7 +387,13 @@ class TrainingPlanner:
             return best
         # Nothing fits: what misses the least is told.
         choices = [self._tuned(one, other, documents) for one in optimizers for other in kept]
-        least = min(choices, key=lambda one: self._terms(one, 1, length)[0].peak_bytes)
+        least = min(
+            choices,
+            key=lambda one: (
+                sum(self._missing(one, rows, length)),
+                self._terms(one, rows, length)[0].peak_bytes,
+            ),
+        )
         return _Choice(tuned=least, micro_batch=0)
 
     def _buckets(
@@ -387,6 +436,11 @@ class TrainingPlanner:
         if not settings.packing:
             found.append("each sequence has one sample")
         return tuple(found)
+
+
+def _even(share: int, most: int) -> int:
+    """As many passes as needed, each about as large: the peak is no higher than it has to be."""
+    return ceil(share / ceil(share / most))
 
 
 def _check_ranks(ranks: int, settings: TuningSettings, engine: str) -> None:

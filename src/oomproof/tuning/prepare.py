@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from oomproof.compat.tokenizer import TransformersTokenizer, read_generation_defaults
 from oomproof.errors import InputError
@@ -18,6 +19,7 @@ from oomproof.tuning.options import TuningSettings
 from oomproof.tuning.packing import Numbers, Rows, Split, pack, single_rows, split
 from oomproof.tuning.plan import TrainingData, TrainingPlan, length_histogram
 from oomproof.tuning.planner import TrainingPlanner
+from oomproof.tuning.records import TEXT_SUFFIXES
 
 DEFAULT_CONTEXT = 2048
 
@@ -131,6 +133,7 @@ def prepare(
             filled=float(rows.lengths.sum()) / (len(rows) * longest),
             lengths=length_histogram([int(one) for one in lengths], facts.longest),
             documents=max(rows.most_samples, validation.most_samples),
+            is_cut=data.suffix.lower() in TEXT_SUFFIXES,
         ),
     )
 
@@ -156,16 +159,16 @@ def make_training_plan(
     )
 
 
-def settle(settings: TuningSettings, chosen: dict[str, object]) -> TuningSettings:
+def settle(settings: TuningSettings, chosen: Mapping[str, Any]) -> TuningSettings:
     """Options with what an earlier run of the same folder had chosen where they leave it open."""
-    kept: dict[str, object] = {}
+    kept: dict[str, Any] = {}
     if settings.optimizer == "auto" and "optimizer" in chosen:
         kept["optimizer"] = chosen["optimizer"]
     if settings.checkpointing == "auto" and "checkpointing" in chosen:
         kept["checkpointing"] = chosen["checkpointing"]
     if settings.micro_batch is None and "micro_batch" in chosen:
-        kept["micro_batch"] = chosen["micro_batch"]
-    return replace(settings, **kept)  # type: ignore[arg-type]
+        kept["micro_batch"] = min(chosen["micro_batch"], settings.batch_size)
+    return replace(settings, **kept)
 
 
 def _rows(samples: Numbers, lengths: Numbers, context: int, settings: TuningSettings) -> Rows:

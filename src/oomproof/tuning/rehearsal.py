@@ -135,6 +135,7 @@ def made_up_data(context: int) -> TrainingData:
         filled=1.0,
         lengths=((context, _SAMPLES),),
         documents=1,
+        is_cut=True,
     )
 
 

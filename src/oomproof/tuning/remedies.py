@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from oomproof.memory.peft import Tuned
@@ -13,56 +13,70 @@ Fits = Callable[[Tuned, int, int], bool]
 """(what is trained and how, sequences at once, tokens of each) → whether that fits."""
 
 
-def remedies(
+def remedies(  # noqa: PLR0913 - everything that an option may change
     fits: Fits,
     tuned: Tuned,
     longest: int,
     *,
+    micro_batch: int,
+    fewer: int,
     ways: Sequence[str],
     on_gpu: bool,
-    format_name: str,
+    truncates: bool,
+    longest_sample: int,
+    others: Mapping[str, Callable[[], bool]],
+    otherwise: str,
 ) -> tuple[str, ...]:
-    """Options that would make one of the longest sequences fit, each alone.
+    """Options that would make the longest sequences fit, each alone.
 
     Args:
         fits: Whether a step does.
         tuned: What does not.
         longest: Tokens of the longest sequence.
+        micro_batch: Sequences that have to fit at once.
+        fewer: Of these, as many as do; 0 for none.
         ways: Values of --checkpointing that the engine has, beside "layers".
         on_gpu: Whether there are optimizers in 8 bits.
-        format_name: Of the frozen weights.
+        truncates: Whether samples longer than a sequence are refused unless that is asked for.
+        longest_sample: Tokens of the longest.
+        others: Options that nothing else stands in for → whether they would do.
+        otherwise: What is told where no option does.
     """
     found = []
+    if fewer:
+        found.append(f"--micro-batch {fewer}")
     length = round_up(max(1, longest // 2), 64)
     while length >= 64:
-        if fits(tuned, 1, length):
-            found.append(f"--context {_longest_that_fits(fits, tuned, longest)}")
+        if fits(tuned, micro_batch, length):
+            context = _longest_that_fits(fits, tuned, micro_batch, longest)
+            cuts = truncates and longest_sample > context
+            found.append(f"--context {context}" + " --long-samples truncate" * cuts)
             break
         length = length // 2 // 64 * 64
-    others = [
+    changes = [
         (f"--checkpointing {one}", replace(tuned, checkpointing=one))
         for one in ("layers", *(one for one in ways if one != "none"))
     ]
     if on_gpu:
-        fewer = max(1, tuned.rank // 4)
-        others += [
+        smaller = max(1, tuned.rank // 4)
+        changes += [
             ("--optimizer adamw-8bit", replace(tuned, optimizer="adamw-8bit")),
             ("--optimizer paged-adamw-8bit", replace(tuned, optimizer="paged-adamw-8bit")),
-            (f"--rank {fewer}", replace(tuned, rank=fewer)),
+            (f"--rank {smaller}", replace(tuned, rank=smaller)),
             ("--no-packing", replace(tuned, packed=False)),
         ]
-    found += [flag for flag, other in others if other != tuned and fits(other, 1, longest)]
-    if format_name != "nf4-dq" and not found:
-        found.append("--format nf4-dq")
+    found += [flag for flag, one in changes if one != tuned and fits(one, micro_batch, longest)]
+    if not found:
+        found += [flag for flag, would in others.items() if would()]
     # Of several names of the same remedy the first.
-    return tuple(dict.fromkeys(found)) or ("a smaller model, or a device with more memory",)
+    return tuple(dict.fromkeys(found)) or (otherwise,)
 
 
-def _longest_that_fits(fits: Fits, tuned: Tuned, longest: int) -> int:
+def _longest_that_fits(fits: Fits, tuned: Tuned, micro_batch: int, longest: int) -> int:
     low, high = 1, longest // 64
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(tuned, 1, middle * 64):
+        if fits(tuned, micro_batch, middle * 64):
             low = middle
         else:
             high = middle - 1
@@ -71,9 +85,16 @@ def _longest_that_fits(fits: Fits, tuned: Tuned, longest: int) -> int:
 
 def describe_shortfall(plan: TrainingPlan) -> tuple[str, str]:
     """What does not fit, and what would help."""
+    needed, place, has = plan.peak_bytes, plan.device, plan.usable_bytes
+    if plan.lacks_host_memory:
+        host = plan.base.host
+        needed, place = host.peak_bytes + plan.ranks * plan.host_bytes, "host memory"
+        has = host.usable_bytes or 0
+    rows = f"{plan.micro_batch:,} sequences of {plan.longest:,} tokens at once need"
+    if plan.micro_batch == 1:
+        rows = f"one sequence of {plan.longest:,} tokens needs"
     message = (
-        f"one sequence of {plan.longest:,} tokens needs {format_bytes(plan.peak_bytes)}, "
-        f"{plan.device} has {format_bytes(plan.usable_bytes)}: "
+        f"{rows} {format_bytes(needed)}, {place} has {format_bytes(has)}: "
         f"{format_bytes(plan.shortfall_bytes)} missing"
     )
     return message, "use " + ", or ".join(plan.remedies)

@@ -23,7 +23,7 @@ from oomproof.tuning.cache import DataFacts
 from oomproof.tuning.card import card
 from oomproof.tuning.distributed import ALONE, Ranks
 from oomproof.tuning.history import History, perplexity, read_history
-from oomproof.tuning.job import REPORT_FILE, TuneFolder
+from oomproof.tuning.job import ADAPTER_FILE, REPORT_FILE, TuneFolder
 from oomproof.tuning.meter import MemoryMeter
 from oomproof.tuning.options import TuningSettings
 from oomproof.tuning.packing import Schedule, evaluation_steps
@@ -40,7 +40,6 @@ from oomproof.tuning.trainer import (
 )
 from oomproof.units import format_bytes
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _CONFIG_FILE = "adapter_config.json"
 _BASELINE_FILE = "training/baseline.json"
 _STATE_FILE = "trainer_state.json"
@@ -187,7 +186,7 @@ class TuningRun:
             return None
         ranks = tuning.ranks
         found = ranks.share(tuning.folder.read(_BASELINE_FILE) if ranks.is_first else None)
-        if found is None:
+        if found is None or not isinstance(found.get("loss"), float):
             plan = tuning.plan
             loss = mean_loss(model, tuning.validation, plan.micro_batch, tuning.device, ranks=ranks)
             found = {"loss": loss}

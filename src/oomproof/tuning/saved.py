@@ -78,13 +78,20 @@ def last_whole(folder: Path, told: Callable[[str], None]) -> Path | None:
 
     Args:
         folder: Of the run's checkpoints.
-        told: Told of those that are not.
+        told: Told of those that are not; they get another name, so that no newer one gives way.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
     """
     shutil.rmtree(folder / SAVING_FOLDER, ignore_errors=True)
     for path in checkpoints(folder):
         if is_whole(path):
             return path
-        told(f"{path} is damaged; an older one is taken")
+        aside = path.with_name(path.name + ".damaged")
+        with explained(path):
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        told(f"{path} is damaged, and is {aside.name} now")
     return None
 
 

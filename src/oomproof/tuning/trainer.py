@@ -350,7 +350,8 @@ def _arguments(
         num_train_epochs=1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(settings.warmup * plan.steps),
+        # A step of it at least is taken at the full rate: one alone would learn nothing.
+        warmup_steps=min(math.ceil(settings.warmup * plan.steps), plan.steps - 1),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=OPTIMIZERS[plan.optimizer],
