@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 
-from oomproof.errors import HardwareError, InputError, NotRunnableError
-from oomproof.hardware.spec import DeviceSpec, Hardware
-from oomproof.memory.peft import Tuned, adapter_tensors, check_targets
+from oomproof.errors import NotRunnableError
+from oomproof.hardware.spec import Hardware
+from oomproof.memory.peft import Tuned, adapter_tensors
 from oomproof.memory.profiles import engine_profile
 from oomproof.models.spec import ModelSpec
 from oomproof.planning.plan import Plan
@@ -17,6 +17,7 @@ from oomproof.planning.search import make_plan
 from oomproof.tuning.options import TuningSettings
 from oomproof.tuning.plan import Bucket, TrainingData, TrainingPlan, TrainingTerms, as_terms
 from oomproof.tuning.remedies import remedies
+from oomproof.tuning.requirements import check_peft, check_ranks, device_of
 from oomproof.tuning.speed import Work, seconds_of, work_of
 from oomproof.tuning.step_memory import NativeMemory, PeftMemory, StepMemory
 
@@ -67,8 +68,8 @@ class TrainingPlanner:
     ) -> None:
         self._spec, self._settings, self._engine = spec, settings, engine
         self._hardware, self._request, self._ranks = hardware, request, ranks
-        _check_ranks(ranks, settings, engine)
-        self.device = _device_of(hardware, ranks)
+        check_ranks(ranks, settings, engine)
+        self.device = device_of(hardware, ranks)
         self._machine = replace(hardware, devices=(self.device,), links=())
         self._devices = len(hardware.devices)
         context = min(_BASE_CONTEXT, spec.max_position_embeddings)
@@ -97,12 +98,7 @@ class TrainingPlanner:
         if engine == "native":
             self._share(ranks > 1 and settings.shard == "on")
         else:
-            check_targets(spec, settings.adapter.target_modules)
-            if settings.checkpointing == "offload" and not on_gpu:
-                raise NotRunnableError(
-                    "transformers keeps inputs of layers in host memory for a GPU, here is none",
-                    remedy="use --checkpointing layers",
-                )
+            check_peft(spec, settings, on_gpu=on_gpu)
 
     def _share(self, sharded: bool) -> None:
         """Plans on with layers that are cut among ranks, or whole ones on each."""
@@ -441,37 +437,3 @@ class TrainingPlanner:
 def _even(share: int, most: int) -> int:
     """As many passes as needed, each about as large: the peak is no higher than it has to be."""
     return ceil(share / ceil(share / most))
-
-
-def _check_ranks(ranks: int, settings: TuningSettings, engine: str) -> None:
-    if ranks == 1:
-        if settings.shard == "on":
-            raise InputError(
-                "--shard on needs several ranks, and there is one",
-                remedy="start with torchrun --nproc-per-node GPUS -m oomproof tune …",
-            )
-        return
-    if engine != "native":
-        raise NotRunnableError(
-            f"{ranks} ranks train with our own engine only, this is {engine}",
-            remedy="start one process, or use --engine native, which says why it cannot",
-        )
-    if settings.batch_size % ranks:
-        below = settings.batch_size // ranks * ranks
-        near = f"{below or ranks} or {below + ranks}" if below else f"{ranks}"
-        raise InputError(
-            f"--batch-size {settings.batch_size:,} is not shared evenly by {ranks} ranks",
-            remedy=f"use --batch-size {near}",
-        )
-
-
-def _device_of(hardware: Hardware, ranks: int) -> DeviceSpec:
-    """The one that is planned for: the roomiest, or the least of as many as there are ranks."""
-    found = sorted(hardware.devices, key=lambda one: -one.free_bytes)
-    if ranks == 1 or found[0].kind == "cpu":
-        return found[0]
-    if len(found) < ranks:
-        raise HardwareError(
-            f"{ranks} ranks, and {len(found)} GPUs", remedy=f"use at most {len(found)} ranks"
-        )
-    return found[ranks - 1]
