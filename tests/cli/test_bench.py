@@ -88,10 +88,13 @@ def test_a_peer_is_timed_at_the_same_points(weights: tuple[str, ...]) -> None:
     assert [points(engine) for engine in engines] == [POINTS, POINTS]
 
 
-def test_the_table_sets_a_peer_beside_ours() -> None:
+def test_the_table_sets_a_peer_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     done = invoke("bench", "tiny", "--against", "transformers", *QUICK)
     assert done.code == 0
     assert "ratio" in done.out
+    assert "transformers" in done.out
+    assert "…" not in done.out
     assert done.err.count("transformers: decode at") == 4
 
 

@@ -50,6 +50,14 @@ def _stdout() -> Console:
     return Console(highlight=False, soft_wrap=False)
 
 
+def fitted(table: Table, console: Console) -> Table:
+    """No figure is cut: rather one space between columns than two."""
+    wide = console.options.update(width=_WIDEST)
+    if console.measure(table, options=wide).maximum > console.width:
+        table.padding = 0
+    return table
+
+
 def print_plan(plan: Plan) -> None:
     """The plan as a table, its verdict first."""
     console = _stdout()
@@ -57,13 +65,7 @@ def print_plan(plan: Plan) -> None:
     console.print(f"on {escape(_device_names(plan))}")
     console.print(_verdict(plan))
     console.print()
-    table = _device_table(plan)
-    if (
-        console.measure(table, options=console.options.update(width=_WIDEST)).maximum
-        > console.width
-    ):
-        table.padding = 0  # a figure is never cut: rather one space between columns than two
-    console.print(table)
+    console.print(fitted(_device_table(plan), console))
     _print_facts(console, plan)
     if plan.alternatives:
         console.print(_alternatives_table(plan))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from oomproof.cli.render import say
+from oomproof.cli.render import fitted, say
 
 if TYPE_CHECKING:
     from oomproof.engine.bench import BenchReport, Timing
@@ -67,7 +67,7 @@ def print_bench(report: BenchReport) -> None:
     for peer in peers:
         row += [f"{peer.load_s:.2f} s", f"{peer.load_s / ours.load_s:.2f}"]
     table.add_row(*row)
-    console.print(table)
+    console.print(fitted(table, console))
     console.print("decode and prefill in tokens/s; the limit is what must be read or computed")
 
 
