@@ -110,6 +110,7 @@ def test_no_text_raises_anything_but_a_hardware_error(text: str) -> None:
         ("2.5x4090", "unknown GPU '2.5x4090'"),
         ("2x2x4090", "unknown GPU '2x4090'"),
         ("24", 'neither a GPU nor a size: write "24GiB"'),
+        ("0", 'neither a GPU nor a size: write "24GiB"'),
         ("2x24G", 'neither a GPU nor a size: write "24GiB"'),
         ("0GiB", "must be more than 0"),
         ("9999TiB", "at most 1 PiB"),

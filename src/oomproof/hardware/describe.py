@@ -78,8 +78,9 @@ def _group(part: str, text: str) -> tuple[int, DeviceSpec]:
     if _SIZE.fullmatch(what):
         return count, _device_of_size(what)
     if number := _BARE_NUMBER.fullmatch(what):
+        size = number[1] if float(number[1]) else 24
         raise HardwareError(
-            f"{part!r} is neither a GPU nor a size", remedy=f'write "{number[1]}GiB" for a size'
+            f"{part!r} is neither a GPU nor a size", remedy=f'write "{size}GiB" for a size'
         )
     return count, lookup(what).device(0)
 
