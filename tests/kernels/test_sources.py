@@ -23,6 +23,8 @@ MAX_SHARED_BYTES = 99 * KIB
 """A block's on compute capability 8.6, 8.9 and 12.0, the least of all."""
 HOPPER_SHARED_BYTES = 227 * KIB
 """What sources that are for Hopper alone may have."""
+FAST = {(8, 0), (9, 0), (12, 0)}
+"""Compiled for each time: the oldest, the one they are made for, the newest."""
 SERIALIZED = "wgmma.mma_async instructions are serialized"
 """What the assembler says of a kernel that waits for each matrix product."""
 
@@ -62,7 +64,10 @@ def test_every_cuda_file_is_declared_and_every_declaration_has_its_file() -> Non
 
 @needs_nvrtc
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in ARCHITECTURES],
+)
 def test_every_source_compiles_without_spills_within_shared_memory(
     capability: tuple[int, int],
 ) -> None:
