@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +21,14 @@ from benchmarks.tuning import (
     fresh,
     positions_of,
     repeated,
+    shape_for,
+    spec_of,
 )
 
 from benchmarks import tuning_ranks
+from oomproof.memory.training import training_memory
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "tuning-h200.jsonl"
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -117,3 +124,13 @@ def test_ranks_that_no_launcher_started_are_refused(
     monkeypatch.setattr(tuning_ranks, "outside_bytes", lambda: 0)
     assert tuning_ranks.main() == 1
     assert "torchrun" in printed(capsys)[0]["skipped"]
+
+
+def test_what_was_measured_are_the_plans_of_today() -> None:
+    rows = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+    ours = [row for row in rows if row.get("side") == "ours"]
+    assert len(ours) >= 12
+    for found in ours:
+        row, spec = {**ROWS, **ROWS_70B}[found["row"]], spec_of(found["model"])
+        terms = asdict(training_memory(spec, shape_for(spec, row), optimizer=row.optimizer))
+        assert {name: terms[name] for name in found["terms"]} == found["terms"], found["row"]
